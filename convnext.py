@@ -1,0 +1,427 @@
+"""ConvNeXt in one file, to be read from top to bottom.
+
+"A ConvNet for the 2020s" (Liu et al., 2022, https://arxiv.org/abs/2201.03545) starts from a
+ResNet-50 and changes one thing after another until a plain convolutional network matches a Swin
+Transformer. Section 2 of the paper tells of the changes; this file builds them in that order:
+
+    Patchify            the stem: cut the image into patches             section 2.2
+    DepthwiseConv       7x7, one filter a channel: mixes positions       2.3, 2.5
+    InvertedBottleneck  narrow, 4x wide, narrow: mixes channels          2.4, 2.6
+    LayerNorm           one mean and variance a position                 2.6
+    DropPath            skip branches at random while training           appendix A.1
+    LayerScale          let every branch start close to zero             appendix A.1
+    Block               the five above around a shortcut                 figure 4
+    Downsample          halve the resolution between stages              2.6
+    Head                pool, normalise, classify
+    ConvNeXt            four stages of blocks                            table 9
+    VARIANTS            atto to xlarge                                   section 3
+    load_weights        checkpoints with timm's names, or with ours
+
+Every change of layout is an einops pattern, which is also its shape comment: b = batch,
+c = channels, h, w = height, width. Between the pieces a feature map is (b, c, h, w).
+
+The function, its initialisation and the stochastic-depth schedule are those of the authors' code
+(https://github.com/facebookresearch/ConvNeXt). Deliberately different:
+
+  - `patch_size` may be 1 or 2, so that a 32x32 image does not end as a single pixel;
+  - `num_classes=0` gives the pooled features, `forward_pyramid` every stage's map;
+  - an image below the total stride is refused in a sentence, not in a convolution's words;
+  - LayerNorm is always PyTorch's kernel on channels-last memory, see LayerNorm2d;
+  - each idea is a module, hence `mlp.pwconv1` and `layer_scale.gamma` for `pwconv1`, `gamma`.
+
+`python convnext.py` prints each variant's size and cost beside the published ones.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from os import PathLike
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Patchify(nn.Conv2d):
+    """The stem: cut the image into squares, embed each. (b, c, h, w) -> (b, dim, h / p, w / p)
+
+        y[:, i, j] = W · flatten(x[:, p·i : p·i + p, p·j : p·j + p]) + bias,   p = patch_size
+
+    ResNet begins with overlapping 7x7 windows and a max-pool; a vision transformer cuts the image
+    into patches and maps each to a vector by one shared linear layer, which is a convolution
+    whose stride is its kernel size. That does as well here (section 2.2). The paper's p is 4.
+    Rows and columns that do not fill a last patch are dropped.
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int = 4) -> None:
+        super().__init__(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A 7x7 filter for each channel. (b, dim, h, w) -> (b, dim, h, w)
+
+        y[c, i, j] = Σ_{u,v} W[c, u, v] · x[c, i + u - 3, j + v - 3] + bias[c]
+
+    Like self-attention it mixes positions and leaves channels apart (section 2.3). So it takes
+    49·dim multiplications a position where a dense 7x7 takes 49·dim², and a large kernel becomes
+    affordable: 3x3 -> 7x7 gains 0.7 points, larger ones no more (section 2.5).
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 7) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+
+class InvertedBottleneck(nn.Module):
+    """Two linear layers around a GELU, the same at every position. (..., dim) -> (..., dim)
+
+        y = W₂ · GELU(W₁ · x + b₁) + b₂,   W₁: dim -> 4·dim,  W₂: 4·dim -> dim
+
+    ResNet's bottleneck goes wide - narrow - wide; a transformer's MLP goes narrow - wide - narrow
+    with one activation, and the paper adopts both habits (sections 2.4 and 2.6). Nearly all of
+    the network's parameters and multiplications are in here: 8·dim² of them a position.
+    """
+
+    def __init__(self, dim: int, expansion: int = 4) -> None:
+        super().__init__()
+        # pw: pointwise. As 1x1 convolutions they would be the same function, but nn.Linear on
+        # the last axis is one large matrix product.
+        self.pwconv1 = nn.Linear(dim, expansion * dim)
+        self.act = nn.GELU()  # the exact x · Φ(x); the tanh approximation would move the logits
+        self.pwconv2 = nn.Linear(expansion * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pwconv2(self.act(self.pwconv1(x)))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Normalise each position's channels on their own. (..., dim) -> (..., dim)
+
+        y = γ · (x - mean(x)) / √(var(x) + ε) + β,   mean and var over the last axis
+
+    No statistic is shared between positions or samples, so training and evaluation compute the
+    same. (GroupNorm with one group, often taken for it, averages over the positions as well.)
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=1e-6)  # as the authors'; PyTorch's 1e-5 would move the logits
+
+
+class LayerNorm2d(LayerNorm):
+    """LayerNorm for a feature map. (b, dim, h, w) -> (b, dim, h, w)
+
+    PyTorch's kernel wants a position's channels side by side in memory, as the linear layers do.
+    It leaves its output so, and convolutions keep the order of their input. Hence, from the
+    stem's norm on, every map is laid out this way ("channels_last") whatever the caller's image
+    was, and no `rearrange` in this file copies anything.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = rearrange(x, "b c h w -> b h w c")
+        x = super().forward(x)
+        return rearrange(x, "b h w c -> b c h w")
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: while training, zero the branch with probability p. (b, ...) -> (b, ...)
+
+        y = x · m / (1 - p),   m ~ Bernoulli(1 - p), drawn for each sample of the batch
+
+    A sample whose branch is zero skips the block, so no block can be relied on alone (Huang et
+    al., 2016). Dividing by 1 - p keeps the expectation, and evaluation leaves x as it is.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        mask = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.p)
+        return x * (mask / (1 - self.p))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p:.3f}"
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of the branch. (..., dim) -> (..., dim)
+
+        y = γ ⊙ x,   γ = 1e-6 at first
+
+    From CaiT (Touvron et al., 2021): with γ this small every block begins as the identity, and
+    its branch grows as far as it proves useful.
+    """
+
+    def __init__(self, dim: int, init: float = 1e-6) -> None:
+        super().__init__()
+        # A single axis, as norms and biases have: train.py exempts those from weight decay.
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gamma * x
+
+
+class Block(nn.Module):
+    """The ConvNeXt block (figure 4). (b, dim, h, w) -> (b, dim, h, w)
+
+        y = x + DropPath(LayerScale(InvertedBottleneck(LayerNorm(DepthwiseConv(x)))))
+
+    A transformer block has a shortcut, a norm and so on for attention and again for the MLP;
+    here both kinds of mixing share one shortcut, one norm and one activation.
+
+    drop_path: probability, in [0, 1), of skipping the branch. layer_scale: first γ, 0 for none.
+    """
+
+    def __init__(self, dim: int, drop_path: float = 0.0, layer_scale: float = 1e-6) -> None:
+        super().__init__()
+        self.dwconv = DepthwiseConv(dim)
+        self.norm = LayerNorm(dim)
+        self.mlp = InvertedBottleneck(dim)
+        self.layer_scale = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.dwconv(x)
+        x = rearrange(x, "b c h w -> b h w c")  # what follows acts on the channels, the last axis
+        x = self.norm(x)
+        x = self.mlp(x)
+        x = self.layer_scale(x)
+        x = rearrange(x, "b h w c -> b c h w")
+        return shortcut + self.drop_path(x)
+
+
+class Downsample(nn.Sequential):
+    """Between stages: half the resolution, another width. (b, c_in, h, w) -> (b, c, h / 2, w / 2)
+
+    ResNet has the stride inside a stage's first block; ConvNeXt, as Swin, gives it a layer of its
+    own, a 2x2 convolution. Without the norm before it training diverges (section 2.6).
+    """
+
+    def __init__(self, dim_in: int, dim: int) -> None:
+        super().__init__(LayerNorm2d(dim_in), nn.Conv2d(dim_in, dim, kernel_size=2, stride=2))
+
+
+class Head(nn.Module):
+    """Average over the positions, normalise, classify. (b, dim, h, w) -> (b, num_classes)
+
+    With `num_classes` 0 nothing is classified: (b, dim) normalised features.
+    """
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(dim)
+        self.fc = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(reduce(x, "b c h w -> b c", "mean")))
+
+
+class ConvNeXt(nn.Module):
+    """Four stages of blocks, each at half the resolution of the one before (table 9).
+
+    depths: blocks in each stage. dims: channels in each. The rest: see create_convnext.
+    """
+
+    def __init__(
+        self, depths: tuple[int, ...], dims: tuple[int, ...], *, num_classes: int = 1000,
+        in_channels: int = 3, patch_size: int = 4, drop_path: float = 0.0,
+        layer_scale: float = 1e-6, head_init_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.total_stride = patch_size * 2 ** (len(depths) - 1)  # the stem's, then 2 a stage
+        # What lowers the resolution before each stage: first the stem, then Downsamples.
+        stem = nn.Sequential(Patchify(in_channels, dims[0], patch_size), LayerNorm2d(dims[0]))
+        self.downsample_layers = nn.ModuleList(
+            [stem, *(Downsample(before, dim) for before, dim in pairwise(dims))])
+        # Early features feed all that follows, so the chance of a skip rises linearly with depth.
+        last = max(1, sum(depths) - 1)
+        rates = (drop_path * i / last for i in range(sum(depths)))
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(Block(dim, next(rates), layer_scale) for _ in range(depth)))
+            for depth, dim in zip(depths, dims))
+        self.head = Head(dims[-1], num_classes)
+        self.apply(self._init_weights)
+        if num_classes:
+            with torch.no_grad():
+                self.head.fc.weight *= head_init_scale
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        # The paper's table 5 prints 0.2; the authors' code, and all who follow it, use 0.02.
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
+        """(b, c, h, w) -> each stage's map, [(b, dims[0], h / 4, w / 4), ... h / 32] at patch 4.
+
+        The inputs of a detection or segmentation head. Odd sizes are rounded down. Raises
+        ValueError for other channels or axes and for an image smaller than the total stride.
+        """
+        least = self.total_stride
+        if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < least:
+            raise ValueError(
+                f"images must be (b, {self.in_channels}, h, w) with h and w {least} or more "
+                f"(the total stride; a smaller patch_size lowers it), not {tuple(x.shape)}")
+        maps = []
+        for downsample, stage in zip(self.downsample_layers, self.stages):
+            x = stage(downsample(x))
+            maps.append(x)
+        return maps
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> the last stage's map, (b, dims[-1], h / 32, w / 32) at patch 4."""
+        return self.forward_pyramid(x)[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, num_classes) logits, or (b, dims[-1]) features without classes."""
+        return self.head(self.forward_features(x))
+
+
+class Variant(NamedTuple):
+    depths: tuple[int, ...]  # blocks in each stage
+    dims: tuple[int, ...]  # channels in each stage
+
+
+VARIANTS = {
+    # the sizes below the paper's, from timm and from ConvNeXt V2
+    "atto": Variant((2, 2, 6, 2), (40, 80, 160, 320)),
+    "femto": Variant((2, 2, 6, 2), (48, 96, 192, 384)),
+    "pico": Variant((2, 2, 6, 2), (64, 128, 256, 512)),
+    "nano": Variant((2, 2, 8, 2), (80, 160, 320, 640)),
+    # the paper's: blocks 1 : 1 : 3 : 1, as in Swin-T, or 1 : 1 : 9 : 1 (section 2.2)
+    "tiny": Variant((3, 3, 9, 3), (96, 192, 384, 768)),
+    "small": Variant((3, 3, 27, 3), (96, 192, 384, 768)),
+    "base": Variant((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": Variant((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "xlarge": Variant((3, 3, 27, 3), (256, 512, 1024, 2048)),
+}
+
+
+def create_convnext(
+    variant: str, *, num_classes: int = 1000, in_channels: int = 3, patch_size: int = 4,
+    drop_path: float = 0.0, layer_scale: float = 1e-6, head_init_scale: float = 1.0,
+) -> ConvNeXt:
+    """A freshly initialised ConvNeXt, in training mode.
+
+    variant: a key of VARIANTS. num_classes: 0 for features. patch_size: the stem's; 1 or 2 for
+    small images. drop_path: the last block's chance of a skip, in [0, 1); the paper has 0.1 for
+    Tiny, 0.4 for Small, 0.5 for Base and Large (table 5). layer_scale: first γ, 0 for none.
+    head_init_scale: factor on the classifier's first weights, in fine-tuning 0.001 (table 6).
+
+    Raises ValueError, with what is allowed, for anything else.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
+    for name, value, least in (("num_classes", num_classes, 0), ("in_channels", in_channels, 1),
+                               ("patch_size", patch_size, 1), ("layer_scale", layer_scale, 0)):
+        if not value >= least:  # not is for nan
+            raise ValueError(f"{name} must be {least} or more, not {value}")
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path must be at least 0 and below 1, not {drop_path}")
+    return ConvNeXt(
+        *VARIANTS[variant], num_classes=num_classes, in_channels=in_channels,
+        patch_size=patch_size, drop_path=drop_path, layer_scale=layer_scale,
+        head_init_scale=head_init_scale)
+
+
+def count_macs(model: ConvNeXt, image_size: int) -> int:
+    """Multiply-accumulates in the convolutions and linear layers for one square image.
+
+    The papers call them FLOPs. They are counted as an image runs through the model, which may be
+    on the meta device, where tensors have a shape and nothing else.
+    """
+    device = next(model.parameters()).device
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, model.in_channels, image_size, image_size, device=device))
+    return counter.get_total_flops() // 2  # PyTorch counts the multiplication and the addition
+
+
+# Our names and timm's: {s} is the stage, 0 to 3, {b} the block in it. The first row that fits.
+TIMM_NAMES = {
+    "downsample_layers.0":        "stem",
+    "downsample_layers.{s}":      "stages.{s}.downsample",
+    "stages.{s}.{b}.dwconv":      "stages.{s}.blocks.{b}.conv_dw",
+    "stages.{s}.{b}.norm":        "stages.{s}.blocks.{b}.norm",
+    "stages.{s}.{b}.mlp.pwconv1": "stages.{s}.blocks.{b}.mlp.fc1",
+    "stages.{s}.{b}.mlp.pwconv2": "stages.{s}.blocks.{b}.mlp.fc2",
+    "stages.{s}.{b}.layer_scale": "stages.{s}.blocks.{b}",
+    "head":                       "head",
+}  # fmt: skip
+
+
+def _timm_name(name: str) -> str:
+    for ours, theirs in TIMM_NAMES.items():
+        pattern = re.escape(ours).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{b\}", r"(?P<b>\d+)")
+        if match := re.match(pattern + r"(?=\.)", name):
+            return theirs.format(**match.groupdict()) + name[match.end():]
+    raise KeyError(name)
+
+
+def _read_state_dict(path: str | PathLike) -> Mapping[str, Tensor]:
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        # weights_only: an ordinary pickle can run any program as it is opened
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # a damaged file can make the readers raise anything
+        raise ValueError(f"{path} is not a readable file of tensors") from error
+
+
+def load_weights(model: ConvNeXt, source: Mapping[str, Tensor] | str | PathLike) -> None:
+    """Copy weights into the model, all of them or none.
+
+    source: a state dict with timm's parameter names or with ours, or the path of a .safetensors,
+    .pt or .pth file that holds one.
+
+    Raises FileNotFoundError for a missing file, and ValueError for one that cannot be read or
+    whose names or shapes are not the model's; the first few are named.
+    """
+    given = source if isinstance(source, Mapping) else _read_state_dict(source)
+    rename = _timm_name if "stem.0.weight" in given else str
+    found, problems = {}, []
+    for name, parameter in model.state_dict().items():
+        tensor = given.get(rename(name))
+        if not isinstance(tensor, Tensor):
+            problems.append(f"{rename(name)} is missing")
+            continue
+        if parameter.ndim == 2 and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+            tensor = rearrange(tensor, "o i 1 1 -> o i")  # timm's small variants: 1x1 convolutions
+        if tensor.shape != parameter.shape:
+            problems.append(f"{rename(name)} is {tuple(tensor.shape)}, here "
+                            f"{tuple(parameter.shape)}")
+        found[name] = tensor
+    problems += [f"{name} is unknown" for name in given.keys() - map(rename, model.state_dict())]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(found)
+
+
+# GFLOPs at 224x224 as printed in the paper's table 1 and, for the four small ones, in ConvNeXt
+# V2's (https://arxiv.org/abs/2301.00808), whose one additional layer counts as none.
+PUBLISHED_GFLOPS = dict(zip(VARIANTS, (0.55, 0.78, 1.37, 2.45, 4.5, 8.7, 15.4, 34.4, 60.9)))
+
+
+def table() -> Iterator[str]:
+    """A line for each variant: shape, parameters and GMACs at 224x224, counted and published."""
+    yield f"{'variant':8} {'depths':14} {'dims':24} {'parameters':>11} {'GMACs':>7} {'paper':>6}"
+    for name, (depths, dims) in VARIANTS.items():
+        with torch.device("meta"):
+            model = create_convnext(name)
+        parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model, 224)
+        yield (f"{name:8} {depths!s:14} {dims!s:24} {parameters:11,} {macs / 1e9:7.3f} "
+               f"{PUBLISHED_GFLOPS[name]:6}")
+
+
+if __name__ == "__main__":
+    print(*table(), sep="\n")

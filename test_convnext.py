@@ -1,0 +1,603 @@
+"""What is claimed, checked against someone else: timm, torchvision, PyTorch, published figures.
+
+pytest test_convnext.py    needs no network, no GPU and no data set
+"""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import timm
+import timm.data.auto_augment as timm_ops
+import timm.optim
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.v2 as T
+import torchvision.transforms.v2.functional as TF
+from safetensors.torch import save_file
+from torch import nn
+
+import convnext
+import train
+from convnext import VARIANTS, create_convnext, load_weights
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def meta(variant, **options):
+    with torch.device("meta"):
+        return create_convnext(variant, **options)
+
+
+def randomise(model):
+    """Every parameter at random, LayerScale too, at sizes that keep the signal's."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim >= 2 and p.shape != (len(p), 1, 1):  # torchvision's layer_scale is (c, 1, 1)
+                p.normal_(std=p[0].numel() ** -0.5)
+            elif name.endswith("bias"):
+                p.normal_(std=0.1)
+            else:
+                p.uniform_(0.2, 1)
+    return model.eval()
+
+
+# --- The architecture -------------------------------------------------------------------------
+
+
+PARAMETERS = dict(zip(VARIANTS, (
+    3_695_520, 5_217_784, 9_045_672, 15_593_560,
+    28_589_128, 50_223_688, 88_591_464, 197_767_336, 350_196_968)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_published_size_and_cost(variant):
+    model = meta(variant)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[variant]
+    macs, published = convnext.count_macs(model, 224) / 1e9, convnext.PUBLISHED_GFLOPS[variant]
+    assert abs(macs - published) <= (0.0051 if published < 3 else 0.051)  # as rounded in print
+
+
+@pytest.mark.parametrize(("patch_size", "mmacs"), [(4, 11.2), (2, 44.3), (1, 176.8)])
+def test_cost_at_32_pixels(patch_size, mmacs):
+    """Against layer-by-layer arithmetic: (49·C + 8·C²)·positions a block, and so on."""
+    depths, dims = VARIANTS["atto"]
+    side, total = 32 // patch_size, 0
+    total += 3 * patch_size**2 * dims[0] * side**2
+    for stage, (depth, dim) in enumerate(zip(depths, dims)):
+        if stage:
+            side //= 2
+            total += 4 * dims[stage - 1] * dim * side**2
+        total += depth * (49 * dim + 8 * dim**2) * side**2
+    total += dims[-1] * 10
+    assert convnext.count_macs(meta("atto", num_classes=10, patch_size=patch_size), 32) == total
+    assert round(total / 1e6, 1) == mmacs
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_function_as_timm(variant):
+    with torch.device("meta"):
+        peer = timm.create_model(f"convnext_{variant}")
+    peer = randomise(peer.to_empty(device="cpu"))
+    model = meta(variant).to_empty(device="cpu").eval()
+    load_weights(model, peer.state_dict())
+    x = torch.randn(1, 3, 70, 97)
+    with torch.inference_mode():
+        expected = peer(x)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def torchvision_names(state_dict):
+    """torchvision's names -> timm's."""
+    block = {"block.0": "conv_dw", "block.2": "norm", "block.3": "mlp.fc1", "block.5": "mlp.fc2",
+             "layer_scale": "gamma"}
+    renamed = {}
+    for name, tensor in state_dict.items():
+        part, _, rest = name.partition(".")
+        if part == "classifier":
+            new = rest.replace("0.", "head.norm.").replace("2.", "head.fc.")
+        else:
+            number, _, rest = rest.partition(".")
+            stage = int(number) // 2
+            if number == "0":
+                new = f"stem.{rest}"
+            elif int(number) % 2 == 0:
+                new = f"stages.{stage}.downsample.{rest}"
+            else:
+                for theirs, timms in block.items():
+                    rest = rest.replace(theirs, timms)
+                b, _, rest = rest.partition(".")
+                new = f"stages.{stage}.blocks.{b}.{rest}"
+        renamed[new] = tensor.flatten() if name.endswith("layer_scale") else tensor
+    return renamed
+
+
+@pytest.mark.parametrize("variant", ["tiny", "small", "base", "large"])
+def test_same_function_as_torchvision(variant):
+    with torch.device("meta"):
+        peer = getattr(torchvision.models, f"convnext_{variant}")()
+    peer = randomise(peer.to_empty(device="cpu"))
+    model = meta(variant).to_empty(device="cpu").eval()
+    load_weights(model, torchvision_names(peer.state_dict()))
+    x = torch.randn(1, 3, 70, 97)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), peer(x), atol=1e-5, rtol=1e-5)
+
+
+def test_same_gradients_as_timm_and_torchvision():
+    first = randomise(torchvision.models.convnext_tiny(num_classes=10))
+    weights = torchvision_names(first.state_dict())
+    second = timm.create_model("convnext_tiny", num_classes=10).eval()
+    second.load_state_dict(weights)
+    model = create_convnext("tiny", num_classes=10).eval()
+    load_weights(model, weights)
+    x, y = torch.randn(2, 3, 64, 64), torch.tensor([3, 7])
+    for network in (model, first, second):
+        F.cross_entropy(network(x), y).backward()
+    ours = {convnext._timm_name(name): p.grad for name, p in model.named_parameters()}
+    for theirs in (torchvision_names({name: p.grad for name, p in first.named_parameters()}),
+                   {name: p.grad for name, p in second.named_parameters()}):
+        assert theirs.keys() == ours.keys()
+        for name, gradient in theirs.items():
+            torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_pyramid_is_timms():
+    peer = randomise(timm.create_model("convnext_atto"))
+    model = create_convnext("atto").eval()
+    load_weights(model, peer.state_dict())
+    x = torch.randn(1, 3, 96, 64)
+    maps = model.forward_pyramid(x)
+    assert [tuple(m.shape) for m in maps] == [
+        (1, 40, 24, 16), (1, 80, 12, 8), (1, 160, 6, 4), (1, 320, 3, 2)]
+    for ours, theirs in zip(maps, peer.forward_intermediates(x, intermediates_only=True)):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.forward_features(x), maps[-1])
+    headless = create_convnext("atto", num_classes=0).eval()
+    headless.load_state_dict(model.state_dict() | {}, strict=False)
+    torch.testing.assert_close(headless(x), peer.forward_head(maps[-1], pre_logits=True))
+
+
+def test_layer_norm_is_torchvisions_and_not_group_norm():
+    x = torch.randn(2, 8, 5, 6)
+    ours = convnext.LayerNorm2d(8)
+    torch.testing.assert_close(
+        ours(x), torchvision.models.convnext.LayerNorm2d(8, eps=1e-6)(x))
+    assert (ours(x) - nn.GroupNorm(1, 8, eps=1e-6)(x)).abs().max() > 0.1
+
+
+def test_drop_path_is_torchvisions():
+    x = torch.randn(1000, 3, 2, 2)
+    ours, theirs = convnext.DropPath(0.3), torchvision.ops.StochasticDepth(0.3, "row")
+    torch.manual_seed(1)
+    y = ours(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(y, theirs(x))
+    kept = y.flatten(1).abs().sum(1) > 0
+    assert 0.65 < kept.float().mean() < 0.75
+    torch.testing.assert_close(y[kept], x[kept] / 0.7)
+    assert ours.eval()(x) is x
+
+
+def test_drop_path_schedule_and_initialisation_are_timms():
+    model = create_convnext("tiny", drop_path=0.4, head_init_scale=0.001)
+    rates = [m.p for m in model.modules() if isinstance(m, convnext.DropPath)]
+    peer = timm.create_model("convnext_tiny", drop_path_rate=0.4)
+    theirs = [getattr(m.drop_path, "drop_prob", 0.0) for m in peer.modules()
+              if isinstance(m, timm.models.convnext.ConvNeXtBlock)]
+    assert rates == pytest.approx(theirs)
+    for name, p in model.named_parameters():
+        if name == "head.fc.weight":
+            assert p.std().item() == pytest.approx(2e-5, rel=0.05)
+        elif p.ndim >= 2:
+            assert p.std().item() == pytest.approx(0.02, rel=0.1) and p.mean().abs() < 1e-3, name
+        elif name.endswith("gamma"):
+            assert torch.equal(p, torch.full_like(p, 1e-6))
+        else:
+            assert torch.equal(p, torch.full_like(p, float(name.endswith("weight")))), name
+
+
+@pytest.mark.parametrize(("size", "channels", "patch_size"), [
+    ((32, 32), 3, 4), ((33, 47), 3, 4), ((16, 21), 1, 2), ((8, 8), 5, 1)])
+def test_any_size_layout_and_type(size, channels, patch_size):
+    model = randomise(
+        create_convnext("atto", num_classes=7, in_channels=channels, patch_size=patch_size))
+    x = torch.randn(1, channels, *size)
+    expected = model(x)
+    assert expected.shape == (1, 7)
+    strided = torch.randn(1, *size, channels * 2)[..., ::2].permute(0, 3, 1, 2).copy_(x)
+    for same in (x.contiguous(memory_format=torch.channels_last), strided):
+        torch.testing.assert_close(model(same), expected, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (model(x) - expected).abs().max() < 0.1 * expected.std() + 0.1
+    assert (model.bfloat16()(x.bfloat16()) - expected).abs().max() < 0.1 * expected.std() + 0.1
+
+
+def test_bad_input_to_the_model_is_named():
+    model = create_convnext("atto")
+    for shape in ((1, 3, 31, 64), (1, 4, 64, 64), (3, 64, 64)):
+        with pytest.raises(ValueError, match=r"\(b, 3, h, w\) with h and w 32 or more"):
+            model(torch.zeros(shape))
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        create_convnext("atto", drop_path=1.0)
+    with pytest.raises(ValueError, match="patch_size must be 1 or more"):
+        create_convnext("atto", patch_size=0)
+    with pytest.raises(ValueError, match="'teeny'; choose one of atto, femto, pico, nano, tiny"):
+        create_convnext("teeny")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_weight_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    peer = randomise(timm.create_model("convnext_atto", num_classes=5))
+    torch.save(peer.state_dict(), "timm.pth")
+    save_file(peer.state_dict(), "timm.safetensors")
+    x = torch.randn(1, 3, 32, 32)
+    for path in ("timm.pth", "timm.safetensors"):
+        model = create_convnext("atto", num_classes=5).eval()
+        load_weights(model, path)
+        torch.testing.assert_close(model(x), peer(x), atol=1e-5, rtol=1e-5)
+
+    before = model(x)
+    Path("cut.pth").write_bytes(Path("timm.pth").read_bytes()[:5000])
+    torch.save({"stem.0.weight": Malicious()}, "evil.pth")
+    for path in ("cut.pth", "evil.pth"):
+        with pytest.raises(ValueError, match=f"{path} is not a readable file of tensors"):
+            load_weights(model, path)
+    assert not Path("executed").exists()
+    with pytest.raises(FileNotFoundError):
+        load_weights(model, "none.pth")
+    missing = dict(peer.state_dict())
+    del missing["stages.2.blocks.3.gamma"]
+    with pytest.raises(ValueError, match="stages.2.blocks.3.gamma is missing"):
+        load_weights(model, missing)
+    with pytest.raises(ValueError, match="extra is unknown"):
+        load_weights(model, peer.state_dict() | {"extra": torch.zeros(1)})
+    other = timm.create_model("convnext_femto", num_classes=5).state_dict()
+    with pytest.raises(ValueError, match=r"stem.0.weight is \(48, .*, here \(40, .* more"):
+        load_weights(model, other)
+    assert torch.equal(model(x), before)
+
+
+def test_the_table_of_variants():
+    run = subprocess.run([sys.executable, HERE / "convnext.py"], capture_output=True, text=True,
+                         check=False)
+    assert run.returncode == 0, run.stderr
+    for variant, count in PARAMETERS.items():
+        assert any(line.startswith(variant) and f"{count:,}" in line
+                   for line in run.stdout.splitlines())
+
+
+# --- The recipe ----------------------------------------------------------------------------------
+
+
+def arguments(*argv):
+    return train.parse_args(list(argv))[0]
+
+
+def test_lr_is_pytorchs_warmup_and_cosine():
+    total, warmup = 50, 10
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - 1 - warmup, eta_min=0.01)
+    for step in range(total):
+        expected = optimizer.param_groups[0]["lr"]
+        if step == warmup:
+            optimizer.param_groups[0]["lr"] = expected = 0.3
+        assert train.lr_at(step, total, warmup, 0.3, 0.01) == pytest.approx(expected)
+        optimizer.step()
+        (rise if step < warmup - 1 else fall).step() if step != warmup - 1 else None
+    assert train.lr_at(0, 1, 0, 0.3, 0.01) == 0.3
+
+
+def test_weight_decay_groups_are_timms():
+    model = create_convnext("atto")
+    ours = train.parameter_groups(model, 0.05)
+    theirs = timm.optim.param_groups_weight_decay(model, 0.05)
+    as_sets = [{(g["weight_decay"], frozenset(map(id, g["params"]))) for g in groups}
+               for groups in (ours, theirs)]
+    assert as_sets[0] == as_sets[1]
+
+
+def test_crop_and_flip_are_torchvisions_for_each_sample():
+    x = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
+    y = train.crop_and_flip(x, 2, 0.5)
+    padded = TF.pad(x, [2], padding_mode="reflect")
+    draws = []
+    for before, after in zip(padded, y):
+        matches = [(top, left, flip) for top in range(5) for left in range(5)
+                   for flip in (False, True)
+                   if torch.equal(after, (TF.horizontal_flip if flip else TF.identity)(
+                       TF.crop(before, top, left, 8, 8)) if flip else
+                       TF.crop(before, top, left, 8, 8))]
+        assert len(matches) == 1
+        draws += matches
+    assert {d[0] for d in draws} == {d[1] for d in draws} == set(range(5))
+    assert 16 < sum(d[2] for d in draws) < 48
+    assert torch.equal(train.crop_and_flip(x, 0, 0.0), x)
+
+
+@pytest.mark.parametrize("strength", [0.9, -0.45])
+@pytest.mark.parametrize("name", train.RAND_AUGMENT_OPS)
+def test_rand_augment_operation_is_timms(name, strength):
+    """Against Pillow through timm, and for the geometric ones against torchvision."""
+    images = T.GaussianBlur(5, 1.5)(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
+    images = TF.autocontrast(images) // 2 + 40
+    m = torch.full((2, 1, 1, 1), strength)
+    ours = train.RAND_AUGMENT_OPS[name](images / 255, m)
+    size = abs(strength)
+    factor, signed = 1 + 0.9 * strength, strength * 0.3
+    pillow = {
+        "auto_contrast": timm_ops.auto_contrast, "equalize": timm_ops.equalize,
+        "invert": timm_ops.invert,
+        "posterize": lambda i: timm_ops.posterize(
+            i, *timm_ops._posterize_increasing_level_to_arg(10 * size, None)),
+        "solarize": lambda i: timm_ops.solarize(
+            i, *timm_ops._solarize_increasing_level_to_arg(10 * size, None)),
+        "solarize_add": lambda i: timm_ops.solarize_add(
+            i, *timm_ops._solarize_add_level_to_arg(10 * size, None)),
+        "color": lambda i: timm_ops.color(i, factor),
+        "contrast": lambda i: timm_ops.contrast(i, factor),
+        "brightness": lambda i: timm_ops.brightness(i, factor),
+        "sharpness": lambda i: timm_ops.sharpness(i, factor)}
+    if name in pillow:
+        theirs = torch.stack([TF.pil_to_tensor(pillow[name](TF.to_pil_image(image)))
+                              for image in images])
+    else:
+        angle, shift, shear = 0.0, [0, 0], [0.0, 0.0]
+        if name == "rotate":
+            angle = -30 * strength
+        elif name.startswith("shear"):
+            shear["xy".index(name[-1])] = math.degrees(math.atan(signed))
+        else:
+            shift["xy".index(name[-1])] = -0.45 * strength * 32
+        theirs = TF.affine(images, angle, shift, 1.0, shear, interpolation=T.InterpolationMode.
+                           BILINEAR, fill=128) if name != "translate" else None
+        if shift != [0, 0]:  # torchvision's kernel takes fractions of a pixel too
+            theirs = TF.affine(images.float(), 0.0, shift, 1.0, [0.0, 0.0],
+                               interpolation=T.InterpolationMode.BILINEAR, fill=127.5)
+    difference = (ours * 255 - theirs).abs()
+    assert difference.median() < 1.5 and difference.mean() < 2, (difference.mean(), name)
+    assert name in ("equalize",) or difference.max() < 4.1, difference.max()
+
+
+def test_rand_augment_draws_for_each_sample():
+    x = torch.rand(1, 3, 16, 16).repeat(3000, 1, 1, 1)
+    y = train.rand_augment(x.clone(), 9)
+    untouched = (y == x).flatten(1).all(1).float().mean().item()
+    assert 0.23 < untouched < 0.33  # both operations left out, 1/4, or without effect on this image
+    assert len({tuple(image.flatten().tolist()) for image in y}) > 500
+
+
+def test_random_erase():
+    x = torch.zeros(4000, 1, 32, 32)
+    y = train.random_erase(x.clone(), 0.25)
+    erased = (y != 0).flatten(1).float().mean(1)
+    assert 0.22 < (erased > 0).float().mean() < 0.28
+    assert erased.max() < 0.36 and 0.15 < erased[erased > 0].mean() < 0.19
+    noise = y[y != 0]
+    assert abs(noise.mean()) < 0.02 and noise.std().item() == pytest.approx(1, abs=0.02)
+    for image in y[erased > 0][:50, 0] != 0:  # a full rectangle
+        rows, columns = image.any(1), image.any(0)
+        assert torch.equal(image, rows[:, None] & columns)
+    assert len({tuple(torch.nonzero(image)[0].tolist()) for image in y[erased > 0]}) > 100
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(train.mixup, T.MixUp), (train.cutmix, T.CutMix)])
+def test_mixing_is_torchvisions(ours, theirs):
+    x, labels = torch.rand(6, 3, 16, 16), torch.arange(6)
+    for draw in range(20):
+        torch.manual_seed(draw)
+        a, target_a = ours(x.clone(), F.one_hot(labels, 6).float(), 0.8)
+        torch.manual_seed(draw)
+        b, target_b = theirs(alpha=0.8, num_classes=6)(x.clone(), labels)
+        torch.testing.assert_close((a, target_a), (b, target_b))
+
+
+def test_statistics_are_the_data_sets():
+    data = train.draw_shapes(300, 32, seed=3)
+    mean, std = train.channel_statistics(data, 0)
+    pixels = data.images.numpy() / 255
+    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-5)
+
+
+# --- The script ------------------------------------------------------------------------------------
+
+
+QUICK = ("--variant", "atto", "--dataset", "synthetic", "--patch-size", "4", "--batch-size", "32",
+         "--device", "cpu")
+
+
+@pytest.fixture
+def small_data(monkeypatch):
+    draw = train.draw_shapes
+    monkeypatch.setattr(
+        train, "draw_shapes", lambda count, size, seed: draw(count // 50, size, seed))
+
+
+def read_csv(path):
+    with open(path) as file:
+        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")}
+                for row in csv.DictReader(file)]
+
+
+def test_one_batch_is_learned_by_heart():
+    data = train.draw_shapes(32, 32, seed=0)
+    mean, std = train.channel_statistics(data, 0)
+    x = train.normalize(data.images / 255, mean, std)
+    model = create_convnext("atto", num_classes=10, patch_size=4)
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.05), lr=1e-3)
+    for _ in range(80):
+        loss = F.cross_entropy(model(x), data.labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.1
+
+
+def test_resume_is_exact(tmp_path, monkeypatch, small_data, capsys):
+    argv = [*QUICK, "--epochs", "4", "--val-size", "20", "--accumulate", "2", "--clip-grad", "1"]
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    assert train.main([*argv, "--output", whole]) == 0
+    save = train.save
+
+    def save_then_stop(run):
+        save(run)
+        if len(run.history) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", save_then_stop)
+    assert train.main([*argv, "--output", parts]) == 130
+    assert f"--resume {parts}/last.pt" in capsys.readouterr().err
+    monkeypatch.setattr(train, "save", save)
+    torch.rand(7)  # the random state at the time does not matter
+    assert train.main(["--resume", f"{parts}/last.pt"]) == 0
+
+    first, second = (torch.load(f"{run}/last.pt", weights_only=True) for run in (whole, parts))
+    assert len(first["history"]) == 4
+    for part in ("model", "ema"):
+        for name, tensor in first[part].items():
+            assert torch.equal(tensor, second[part][name]), name
+    for index, moments in first["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(tensor, second["optimizer"]["state"][index][name])
+    assert read_csv(f"{whole}/metrics.csv") == read_csv(f"{parts}/metrics.csv")
+    with pytest.raises(SystemExit):
+        train.main(["--resume", f"{parts}/last.pt", "--lr", "0.5"])
+    assert "--lr (was 0.001)" in capsys.readouterr().err
+
+
+def test_a_run_leaves_what_is_promised(tmp_path, small_data, capsys):
+    out = tmp_path / "a run"
+    assert train.main([*QUICK, "--epochs", "2", "--output", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "3,384,930 parameters" in text or "parameters" in text
+    rows = read_csv(out / "metrics.csv")
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert {"args.json", "last.pt", "weights.safetensors"} <= {p.name for p in out.iterdir()}
+    assert list(out.glob("events*")) and not list(out.glob("*.tmp"))
+
+    model = create_convnext("atto", num_classes=10, patch_size=4).eval()
+    load_weights(model, out / "weights.safetensors")
+    data = train.draw_shapes(1000, 32, seed=0)
+    saved = torch.load(out / "last.pt", weights_only=True)
+    x = train.normalize(
+        data.images / 255, torch.tensor(saved["mean"]), torch.tensor(saved["std"]))
+    top1 = 100 * (model(x).argmax(1) == data.labels).float().mean().item()
+    assert top1 == pytest.approx(float(rows[-1]["test_ema_top1"]), abs=5.1)
+    for name in ("last.pt", "weights.safetensors"):
+        assert train.main(["--eval-only", str(out / name)]) == 0
+        assert f"top-1 {float(rows[-1]['test_ema_top1']):.2f} %" in capsys.readouterr().out
+    with pytest.raises(train.UserError, match="holds a run already"):
+        train.main([*QUICK, "--epochs", "2", "--output", str(out)])
+
+
+def test_held_out_images_are_not_trained_on(small_data):
+    args = arguments(*QUICK, "--val-size", "30")
+    data = train.prepare_data(args, torch.device("cpu"))
+    assert len(data.train) == 70 and len(data.val) == 30
+    assert not set(data.train.indices) & set(data.val.indices)
+
+
+def make_folder(root, classes=("b cat", "a dog"), splits=("train", "val")):
+    generator = np.random.default_rng(0)
+    for split in splits:
+        for label, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i, mode in enumerate(("RGB", "L", "P", "CMYK", "RGB", "RGBA")):
+                pixels = generator.integers(0, 100, (40 + 9 * i, 70 - 5 * i, 3)) + 100 * label
+                image = PIL.Image.fromarray(pixels.astype(np.uint8)).convert(mode)
+                image.save(folder / f"ünï {i}.{'jpg' if mode in ('L', 'CMYK') else 'png'}"
+                           if mode != "CMYK" else folder / f"{i}.jpg")
+    (root / "train" / ".hidden").mkdir(exist_ok=True)
+    return root
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_folder_of_mixed_images(tmp_path, capsys, size):
+    root = make_folder(tmp_path / "my data")
+    argv = ["--variant", "atto", "--dataset", "folder", "--data-dir", str(root), "--epochs", "1",
+            "--img-size", str(size), "--batch-size", "4", "--workers", "1", "--device", "cpu"]
+    assert train.main([*argv, "--output", str(tmp_path / "run"), "--val-size", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "10 training + 2 held-out + 12 test images, 2 classes (a dog, b cat, ...)" in text
+    (root / "train" / "a dog" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(train.UserError, match="cannot read the image .*broken.png"):
+        train.main([*argv, "--output", str(tmp_path / "other")])
+
+
+def test_classes_are_matched_by_name(tmp_path, capsys):
+    root = make_folder(tmp_path)
+    args = arguments("--dataset", "folder", "--data-dir", str(root))
+    (root / "val" / "a dog").rename(root / "gone")
+    val = train.load_split(args, train=False, classes=["a dog", "b cat"])
+    assert set(val.labels.tolist()) == {1} and "has no a dog" in capsys.readouterr().err
+    (root / "gone").rename(root / "val" / "wolf")
+    with pytest.raises(train.UserError, match="classes that training has not: wolf"):
+        train.load_split(args, train=False, classes=["a dog", "b cat"])
+
+
+def test_cifar10_without_a_network(monkeypatch):
+    def fail(*_, **__):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+    with pytest.raises(train.UserError, match="Put cifar-10-python.tar.gz .* into data/, or use "
+                                              "--dataset folder .* or --dataset synthetic"):
+        train.main(["--device", "cpu"])
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    ("--vairant tiny", "unrecognized arguments: --vairant"),
+    ("--mix 0.5", "unrecognized arguments: --mix"),
+    ("--variant teeny", "invalid choice: 'teeny'"),
+    ("--lr 0", "--lr: must be above 0"), ("--lr nan", "--lr: must be above 0"),
+    ("--epochs 0", "--epochs: must be a whole number from 1 up"),
+    ("--drop_path 1", "--drop-path: must be at least 0 and below 1"),
+    ("--warmup-epochs 3 --epochs 3", "--warmup-epochs must be below --epochs (3)"),
+    ("--img-size 8", "--img-size must be at least 16 at --patch-size 2"),
+    ("--accumulate 9 -b 8", "--accumulate must be at most --batch-size (8)")])
+def test_bad_arguments_are_refused_with_the_range(argv, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        train.main(argv.split())
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_bad_checkpoints_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(train.UserError, match="there is no checkpoint none.pt"):
+        train.main(["--resume", "none.pt"])
+    Path("zero.pt").touch()
+    torch.save({"args": Malicious()}, "evil.pt")
+    torch.save({"model": {}}, "other.pt")
+    for name in ("zero.pt", "evil.pt", "other.pt"):
+        with pytest.raises(train.UserError, match=f"{name} is not a complete checkpoint"):
+            train.main(["--eval-only", name])
+    assert not Path("executed").exists()
+
+
+def test_the_error_of_a_user_is_one_line(tmp_path):
+    run = subprocess.run([sys.executable, HERE / "train.py", "--resume", "none.pt"],
+                         capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 1
+    assert run.stderr == "train.py: error: there is no checkpoint none.pt\n"

@@ -1,0 +1,926 @@
+"""Train ConvNeXt on CIFAR-10, on a folder of images, or on shapes that are drawn on the spot.
+
+    python train.py --variant tiny --epochs 100          # the full recipe; downloads CIFAR-10
+    python train.py --variant atto --dataset synthetic --epochs 12 --batch-size 64
+    python train.py --dataset folder --data-dir DIR --img-size 224 --patch-size 4
+    python train.py --resume runs/NAME/last.pt           # go on where a run stopped
+    python train.py --eval-only runs/NAME/last.pt        # only measure the accuracy
+
+The file is in the order in which it runs, in seven parts:
+
+    1 Arguments       every switch of the recipe, with its default
+    2 Data            a data set is a list of images that can be had by number, as bytes
+    3 Augmentation    bytes -> the batch that the network sees, drawn for each sample on its own
+    4 Optimisation    which weights decay, the learning rate of a step, the average of the weights
+    5 Evaluation      loss, top-1 and top-5
+    6 Run folder      checkpoints and logs
+    7 Training        the loop
+
+The recipe is the paper's for ImageNet (table 5), brought down to images of 32x32 and a hundred
+epochs; README.md lists what was changed, and the measurements behind it.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import platform
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.v2 as T
+import torchvision.transforms.v2.functional as TF
+from einops import rearrange, reduce, repeat
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from convnext import VARIANTS, ConvNeXt, count_macs, create_convnext
+
+
+class UserError(Exception):
+    """Something that the user can mend; shown as one line, without a traceback."""
+
+
+# --- 1. Arguments ---------------------------------------------------------------------------------
+
+
+def number(kind: type, allowed: str, ok: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A type for argparse that takes only finite numbers for which `ok` holds."""
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and ok(value)):
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text!r}")
+        return value
+    return parse
+
+
+COUNT = number(int, "a whole number from 1 up", lambda v: v >= 1)
+COUNT_OR_0 = number(int, "a whole number from 0 up", lambda v: v >= 0)
+POSITIVE = number(float, "above 0", lambda v: v > 0)
+NOT_NEGATIVE = number(float, "0 or more", lambda v: v >= 0)
+CHANCE = number(float, "from 0 to 1", lambda v: 0 <= v <= 1)
+BELOW_1 = number(float, "at least 0 and below 1", lambda v: 0 <= v < 1)
+LEVEL = number(float, "from 0 to 10", lambda v: 0 <= v <= 10)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False)  # a mistyped --mix must not pass for --mixup
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=("cifar10", "folder", "synthetic"), default="cifar10", help=" ")
+    add("--data-dir", default="data", metavar="DIR",
+        help="CIFAR-10's place; for folder: has train/ and val/ or test/, with a folder a class")
+    add("--img-size", type=COUNT, default=32, metavar="N",
+        help="to 64: kept in memory, padded and cropped; above: RandomResizedCrop")
+    add("--val-size", type=COUNT_OR_0, default=0, metavar="N",
+        help="hold out N training images, and let them choose best.pt")
+    add("--workers", "-j", type=COUNT_OR_0, default=min(8, os.cpu_count() or 1), metavar="N",
+        help="processes that read images")
+    add = parser.add_argument_group("model").add_argument
+    add("--variant", "--model", choices=VARIANTS, default="tiny", help=" ")
+    add("--patch-size", type=int, choices=(1, 2, 4), default=2, help="stride of the stem")
+    add("--drop-path", type=BELOW_1, default=0.1, help="stochastic depth, at the last block")
+    add("--layer-scale", type=NOT_NEGATIVE, default=1e-6, help="initial value; 0: none")
+    add = parser.add_argument_group("augmentation (0 turns a part off)").add_argument
+    add("--crop-padding", type=COUNT_OR_0, default=4, help="pixels, of images up to 64x64")
+    add("--crop-scale", type=CHANCE, default=0.08, help="least area, of larger images")
+    add("--flip", type=CHANCE, default=0.5, help="chance of a mirror image")
+    add("--rand-augment", type=LEVEL, default=9, help="level, of 10")
+    add("--random-erase", type=CHANCE, default=0.25, help="chance of an erased rectangle")
+    add("--mixup", type=NOT_NEGATIVE, default=0.8, help="alpha")
+    add("--cutmix", type=NOT_NEGATIVE, default=1.0, help="alpha")
+    add("--mix-prob", type=CHANCE, default=1.0, help="chance that a batch is mixed")
+    add("--mix-off-epochs", type=COUNT_OR_0, metavar="N", help="unmixed at the end; default 1/10")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=COUNT, default=100, help=" ")
+    add("--batch-size", "-b", type=COUNT, default=128, help=" ")
+    add("--accumulate", type=COUNT, default=1, help="parts of a batch: same step, less memory")
+    add("--lr", type=POSITIVE, default=1e-3, help="highest learning rate")
+    add("--min-lr", type=NOT_NEGATIVE, default=1e-6, help="last learning rate")
+    add("--warmup-epochs", type=NOT_NEGATIVE, metavar="N", help="default 1/20 of the run")
+    add("--weight-decay", "--wd", type=NOT_NEGATIVE, default=0.05, help=" ")
+    add("--label-smoothing", type=BELOW_1, default=0.1, help=" ")
+    add("--clip-grad", type=NOT_NEGATIVE, default=0.0, help="largest gradient norm; 0: any")
+    add("--ema-horizon", type=BELOW_1, default=0.04,
+        help="share of the run that the average of the weights looks back over; 0: no average")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="auto", help="cuda, mps, cpu")
+    add("--seed", type=COUNT_OR_0, default=0, help=" ")
+    add("--eval-every", type=COUNT, default=1, metavar="N", help="epochs, and after the last")
+    add("--output", metavar="DIR", help="run folder; default runs/<time>-<variant>")
+    add("--resume", metavar="LAST.PT", help="continue this run, with its arguments")
+    add("--eval-only", metavar="CHECKPOINT", help="measure last.pt, best.pt, weights.safetensors")
+    return parser
+
+
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
+    """The command line -> the arguments, and the checkpoint that it names, if it does."""
+    # the authors write --drop_path
+    argv = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.resume and args.eval_only:
+        parser.error("--resume and --eval-only exclude each other")
+    checkpoint = None
+    if path := args.resume or args.eval_only:
+        checkpoint = read_checkpoint(Path(path))
+        saved = checkpoint["args"]
+        parser.set_defaults(**saved)  # what the command line names again still wins ...
+        args = parser.parse_args(argv)
+        elsewhere = {"resume", "eval_only", "output", "device", "workers", "data_dir"}
+        changed = [k for k in saved if k not in elsewhere and getattr(args, k) != saved[k]]
+        if args.resume and changed:  # ... but may not make one run out of two
+            parser.error("a resumed run keeps its arguments; leave out " + ", ".join(
+                f"--{k.replace('_', '-')} (was {saved[k]})" for k in changed))
+        if args.resume:
+            args.output = str(Path(args.resume).parent)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs / 20
+    if args.mix_off_epochs is None:
+        args.mix_off_epochs = args.epochs // 10
+    if args.warmup_epochs >= args.epochs:
+        parser.error(f"--warmup-epochs must be below --epochs ({args.epochs})")
+    if args.accumulate > args.batch_size:
+        parser.error(f"--accumulate must be at most --batch-size ({args.batch_size})")
+    if args.img_size < 8 * args.patch_size:
+        parser.error(f"--img-size must be at least {8 * args.patch_size} at --patch-size "
+                     f"{args.patch_size}: the network reduces it {8 * args.patch_size} times")
+    if args.img_size <= 64 and args.crop_padding >= args.img_size:
+        parser.error(f"--crop-padding must be below --img-size ({args.img_size})")
+    return args, checkpoint
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # each backend has its own way of not being there
+        raise UserError(f"--device {name} cannot be used on this machine; try cpu") from error
+    return device
+
+
+def pick_precision(amp: str, device: torch.device) -> torch.dtype:
+    """The type for matrix products and convolutions; the weights themselves stay in float32."""
+    if amp == "auto":  # bfloat16 where the hardware computes in it: elsewhere it is slower
+        if device.type == "cuda":
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+            amp = "bf16" if native else "off"
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError(f"--amp fp16 needs a CUDA GPU, not {device.type}; take bf16 or off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+
+
+# --- 2. Data --------------------------------------------------------------------------------------
+# Every data set has `classes`, and `__getitems__`: numbers -> ((b, 3, h, w) bytes, (b,) labels),
+# which PyTorch's DataLoader calls once a batch.
+
+
+class InMemory(Dataset):
+    """Images that are small enough to keep: on a GPU no batch ever waits for the disk."""
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: list[str]) -> None:
+        self.images, self.labels, self.classes = images, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(indices, device=self.images.device)
+        return self.images[index], self.labels[index]
+
+    def to(self, device: torch.device) -> "InMemory":
+        return InMemory(self.images.to(device), self.labels.to(device), self.classes)
+
+
+class Folder(torchvision.datasets.ImageFolder):
+    """root/<class>/*.jpg etc., of any size and colour mode, cut to squares by `transform`.
+
+    `classes`, where given, are the training set's: a class is its name, not its position.
+    """
+
+    def __init__(self, root: Path, transform: Callable, classes: list[str] | None = None) -> None:
+        self.known = classes
+        try:
+            super().__init__(str(root), transform, allow_empty=classes is not None)
+        except FileNotFoundError as error:
+            raise UserError(f"{root} must have a folder for each class with images in it "
+                            f"({str(error).partition('.')[0]})") from error
+        if not self.samples:
+            raise UserError(f"no images in {root}; it must have a folder for each class")
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        found = sorted(d.name for d in os.scandir(directory)
+                       if d.is_dir() and not d.name.startswith("."))
+        if self.known is None and len(found) < 2:
+            raise UserError(f"{directory} must have at least two class folders, not {len(found)}")
+        classes = self.known or found
+        if unknown := set(found) - set(classes):
+            raise UserError(f"{directory} has classes that training has not: "
+                            f"{', '.join(sorted(unknown))}")
+        if missing := set(classes) - set(found):
+            print(f"note: {directory} has no {', '.join(sorted(missing))}", file=sys.stderr)
+        return classes, {name: label for label, name in enumerate(classes)}
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        images = []
+        for path in (self.samples[i][0] for i in indices):
+            try:
+                images.append(self.transform(self.loader(path)))  # the loader converts to RGB
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot read the image {path} ({error})") from error
+        return torch.stack(images), torch.tensor([self.targets[i] for i in indices])
+
+
+def load_cifar10(root: str, train: bool) -> InMemory:
+    try:
+        data = torchvision.datasets.CIFAR10(root, train, download=True)  # checks the md5 sums
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"CIFAR-10 could not be downloaded ({error}). Put cifar-10-python.tar.gz from "
+            f"https://www.cs.toronto.edu/~kriz/cifar.html into {root}/, or use --dataset folder "
+            "--data-dir DIR, or --dataset synthetic") from error
+    images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
+    return InMemory(images, torch.tensor(data.targets), data.classes)
+
+
+def load_folder(args: argparse.Namespace, train: bool, augment: bool,
+                classes: list[str] | None) -> Dataset:
+    root, size = Path(args.data_dir), args.img_size
+    names = ("train",) if train else ("test", "val")
+    path = next((root / name for name in names if (root / name).is_dir()), None)
+    if path is None:
+        raise UserError(f"{root} has no {'/ or '.join(names)}/ folder; --data-dir must hold "
+                        "train/ and val/ or test/, each with a folder for each class")
+    small = size <= 64
+    if augment and not small:
+        cut = [T.RandomResizedCrop(size, (args.crop_scale, 1), interpolation=3, antialias=True)]
+    else:  # the shorter side to 8/7 of the size and its centre, as the authors evaluate at 224
+        side = size if small else round(size / 0.875)
+        cut = [T.Resize(side, interpolation=3, antialias=True), T.CenterCrop(size)]
+    data = Folder(path, T.Compose([*cut, T.PILToTensor()]), classes)
+    if not small:
+        return data
+    loaded = list(tqdm(batches(data, 500, args.workers), f"reading {path}", disable=None,
+                       leave=False, total=math.ceil(len(data) / 500)))
+    images, labels = (torch.cat(parts) for parts in zip(*loaded))
+    return InMemory(images, labels, data.classes)
+
+
+SHAPES = {  # inside or outside, for u and v running from -1 to 1 across the shape
+    "disk": lambda u, v: u**2 + v**2 < 0.8,
+    "ring": lambda u, v: (u**2 + v**2 - 0.6).abs() < 0.25,
+    "square": lambda u, v: torch.maximum(u.abs(), v.abs()) < 0.8,
+    "frame": lambda u, v: (torch.maximum(u.abs(), v.abs()) - 0.75).abs() < 0.15,
+    "diamond": lambda u, v: u.abs() + v.abs() < 1,
+    "triangle": lambda u, v: (u.abs() * 2 - v < 0.9) & (v < 0.8),
+    "plus": lambda u, v: (torch.minimum(u.abs(), v.abs()) < 0.25) & (u.abs() + v.abs() < 1.2),
+    "cross": lambda u, v: ((u.abs() - v.abs()).abs() < 0.3) & (u.abs() < 0.9),
+    "rows": lambda u, v: (torch.sin(9 * v) > 0) & (u.abs() < 0.9) & (v.abs() < 0.9),
+    "columns": lambda u, v: (torch.sin(9 * u) > 0) & (u.abs() < 0.9) & (v.abs() < 0.9),
+}
+
+
+def draw_shapes(count: int, size: int, seed: int) -> InMemory:
+    """`count` noisy pictures of ten shapes, at random places, sizes and colours."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, 1, 1, generator=generator)
+
+    axis = torch.linspace(-1, 1, size)
+    u = (rearrange(axis, "w -> 1 1 w") - uniform(-0.3, 0.3)) / uniform(0.4, 0.7)
+    v = (rearrange(axis, "h -> 1 h 1") - uniform(-0.3, 0.3)) / uniform(0.4, 0.7)
+    u, v = torch.broadcast_tensors(u, v)  # (n, h, w)
+    labels = torch.arange(count) % len(SHAPES)
+    inside = torch.empty(count, size, size)
+    for label, shape in enumerate(SHAPES.values()):
+        chosen = labels == label
+        inside[chosen] = shape(u[chosen], v[chosen]).float()
+    inside = rearrange(inside, "n h w -> n 1 h w")
+    paper = uniform(0, 0.4, 3)
+    ink = paper + uniform(0.4, 0.6, 3)
+    images = paper + (ink - paper) * inside
+    images += 0.08 * torch.randn(images.shape, generator=generator)
+    return InMemory((images.clamp(0, 1) * 255).byte(), labels, list(SHAPES))
+
+
+def load_split(args: argparse.Namespace, train: bool, *, augment: bool = False,
+              classes: list[str] | None = None) -> Dataset:
+    if args.dataset == "folder":
+        return load_folder(args, train, augment, classes)
+    if args.dataset == "synthetic":
+        return draw_shapes(5000 if train else 1000, args.img_size, seed=int(train))
+    if args.img_size != 32:
+        raise UserError("CIFAR-10's images are 32x32; leave --img-size at 32")
+    return load_cifar10(args.data_dir, train)
+
+
+def ignore_ctrl_c(_worker: int) -> None:
+    """Only the main process answers Ctrl-C; the workers end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def batches(data: Dataset, batch_size: int, workers: int, *, train: bool = False) -> DataLoader:
+    """Batches in order; for training shuffled, and all of one size."""
+    whole = data.dataset if isinstance(data, Subset) else data
+    return DataLoader(
+        data, batch_size, shuffle=train, drop_last=train and len(data) > batch_size,
+        num_workers=0 if isinstance(whole, InMemory) else workers,
+        collate_fn=lambda batch: batch,  # __getitems__ has made a batch of it already
+        pin_memory=torch.cuda.is_available() and not isinstance(whole, InMemory),
+        worker_init_fn=ignore_ctrl_c)
+
+
+def channel_statistics(data: Dataset, workers: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, of pixels from 0 to 1.
+
+    Over all images if they are in memory, else over 2,000 spread evenly through the folder.
+    """
+    if not isinstance(data, InMemory):
+        data = Subset(data, range(0, len(data), max(1, len(data) // 2000)))
+    total, squares, count = 0, 0, 0
+    for images, _ in batches(data, 500, workers):
+        pixels = images.double() / 255
+        total += reduce(pixels, "b c h w -> c", "sum")
+        squares += reduce(pixels**2, "b c h w -> c", "sum")
+        count += pixels.numel() / pixels.shape[1]
+    mean = total / count
+    std = (squares / count - mean**2).sqrt().clamp(min=1e-3)  # one colour only: do not divide by 0
+    return mean.float(), std.float()
+
+
+class Data(NamedTuple):
+    train: Dataset
+    val: Dataset | None  # held out of the training set, without augmentation; may choose best.pt
+    test: Dataset  # chooses nothing
+    classes: list[str]
+    mean: Tensor  # (3,), on the training device
+    std: Tensor
+
+
+def prepare_data(args: argparse.Namespace, device: torch.device) -> Data:
+    train, val = load_split(args, train=True, augment=True), None
+    test = load_split(args, train=False, classes=train.classes)
+    mean, std = (statistic.to(device) for statistic in channel_statistics(train, args.workers))
+    classes = train.classes
+    if isinstance(train, InMemory):
+        train, test = train.to(device), test.to(device)
+    if args.val_size:
+        if args.val_size >= len(train):
+            raise UserError(f"--val-size must be below the {len(train):,} training images")
+        plain = train if isinstance(train, InMemory) else load_split(args, train=True)
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+        val = Subset(plain, order[: args.val_size])
+        train = Subset(train, order[args.val_size :])
+    return Data(train, val, test, classes, mean, std)
+
+
+# --- 3. Augmentation --------------------------------------------------------------------------------
+# All on whole batches, on the training device, and yet with draws of its own for every sample.
+# (torchvision's transforms, given a batch, draw once for all of it.) The small draws come from
+# the CPU's generator, so that a GPU never has to wait to be told which samples are meant.
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """(b,) -> (b, 1, 1, 1) on x's device, to be combined with x."""
+    return rearrange(values, "b -> b 1 1 1").to(x.device, non_blocking=True)
+
+
+def crop_and_flip(x: Tensor, padding: int, flip: float) -> Tensor:
+    """Shift each image by up to `padding` pixels, reflecting its edge, and mirror some.
+
+    The same as padding by reflection, cropping at random and flipping, but done by working out
+    which pixel goes where, and gathering once. Bytes (b, c, h, w) -> bytes (b, c, h, w).
+    """
+    b, c, h, w = x.shape
+
+    def source(size: int) -> Tensor:  # (b, size): the row or column each pixel comes from
+        start = torch.randint(-padding, padding + 1, (b, 1))
+        index = (start + torch.arange(size)).abs()  # -1 -> 1
+        return size - 1 - (size - 1 - index).abs()  # size -> size - 2
+
+    rows, columns = source(h), source(w)
+    columns = torch.where(torch.rand(b, 1) < flip, columns.flip(1), columns)
+    sample = rearrange(torch.arange(b), "b -> b 1 1 1")
+    channel = rearrange(torch.arange(c), "c -> 1 c 1 1")
+    rows, columns = rearrange(rows, "b h -> b 1 h 1"), rearrange(columns, "b w -> b 1 1 w")
+    return x[tuple(i.to(x.device, non_blocking=True) for i in (sample, channel, rows, columns))]
+
+
+def blend(x: Tensor, base: Tensor | float, amount: Tensor) -> Tensor:
+    """Move x away from `base` (amount > 0) or towards it (amount < 0)."""
+    return (x + amount * (x - base)).clamp(0, 1)
+
+
+def warp(x: Tensor, *rows: list[Tensor | float]) -> Tensor:
+    """y(position) = x(rows · position), about the centre; grey where x has no pixel."""
+    zero = torch.zeros_like(x[:, 0, 0, 0])
+    matrix = torch.stack([torch.stack([zero + v for v in row], 1) for row in rows], 1)
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return F.grid_sample(x - 0.5, grid, align_corners=False) + 0.5
+
+
+def rotate(x: Tensor, angle: Tensor) -> Tensor:
+    cos, sin = angle.cos(), angle.sin()
+    return warp(x, [cos, -sin, 0], [sin, cos, 0])
+
+
+def sharpen(x: Tensor, amount: Tensor) -> Tensor:
+    kernel = torch.tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device) / 13
+    blurred = x.clone()  # the edge has no full neighbourhood and stays
+    blurred[:, :, 1:-1, 1:-1] = F.conv2d(x, repeat(kernel, "u v -> c 1 u v", c=3), groups=3)
+    return blend(x, blurred, amount)
+
+
+def keep_bits(x: Tensor, bits: Tensor) -> Tensor:
+    step = 2.0 ** (8 - bits)  # of the 8 bits of a pixel from 0 to 255
+    return ((x * 255).round() / step).floor() * step / 255
+
+
+# The fifteen operations of timm's "increasing" set, which the paper's RandAugment (9, 0.5) uses.
+# x: (b, 3, h, w) from 0 to 1. m: (b, 1, 1, 1), the strength from -1 to 1, the sign at random.
+RAND_AUGMENT_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "auto_contrast": lambda x, m: TF.autocontrast(x),
+    "equalize": lambda x, m: TF.equalize(x),
+    "invert": lambda x, m: 1 - x,
+    "rotate": lambda x, m: rotate(x, math.radians(30) * m.flatten()),
+    "posterize": lambda x, m: keep_bits(x, 4 - (4 * m.abs()).int()),
+    "solarize": lambda x, m: torch.where((x * 255).round() < 256 - (256 * m.abs()).int(), x, 1 - x),
+    "solarize_add": lambda x, m: torch.where(
+        (x * 255).round() < 128, (x + (110 * m.abs()).int() / 255).clamp(max=1), x),
+    "color": lambda x, m: blend(x, TF.rgb_to_grayscale(x), 0.9 * m),
+    "contrast": lambda x, m: blend(
+        x, reduce(TF.rgb_to_grayscale(x), "b c h w -> b 1 1 1", "mean"), 0.9 * m),
+    "brightness": lambda x, m: blend(x, 0, 0.9 * m),
+    "sharpness": lambda x, m: sharpen(x, 0.9 * m),
+    "shear_x": lambda x, m: warp(x, [1, 0.3 * m.flatten(), 0], [0, 1, 0]),
+    "shear_y": lambda x, m: warp(x, [1, 0, 0], [0.3 * m.flatten(), 1, 0]),
+    "translate_x": lambda x, m: warp(x, [1, 0, 2 * 0.45 * m.flatten()], [0, 1, 0]),
+    "translate_y": lambda x, m: warp(x, [1, 0, 0], [0, 1, 2 * 0.45 * m.flatten()]),
+}
+
+
+def rand_augment(x: Tensor, level: float) -> Tensor:
+    """RandAugment (Cubuk et al., 2019) as the paper means it: timm's rand-m9-mstd0.5-inc1.
+
+    Twice, each sample draws one of fifteen operations and applies it with probability 1/2, at a
+    strength of about level / 10 of the operation's largest. (torchvision's RandAugment with
+    magnitude 9 has fourteen other ranges, always applies, and at 9 / 30: not what is meant.)
+    x: (b, 3, h, w) from 0 to 1.
+    """
+    for _ in range(2):
+        choice = torch.randint(len(RAND_AUGMENT_OPS), (len(x),))
+        choice[torch.rand(len(x)) < 0.5] = -1  # leave these as they are
+        strength = (level + 0.5 * torch.randn(len(x))).clamp(0, 10) / 10
+        strength = torch.where(torch.rand(len(x)) < 0.5, strength, -strength)
+        for number_of, operation in enumerate(RAND_AUGMENT_OPS.values()):
+            if len(chosen := (choice == number_of).nonzero()[:, 0]):
+                m = per_sample(strength[chosen], x)
+                chosen = chosen.to(x.device, non_blocking=True)
+                x[chosen] = operation(x[chosen], m)
+    return x
+
+
+def random_erase(x: Tensor, chance: float) -> Tensor:
+    """Fill a random rectangle of some samples with noise (Zhong et al., 2017).
+
+    Its area is 2 to 33 % of the image, its sides differ by up to 3.3 times. x is normalised, so
+    standard normal noise is as bright as an image.
+    """
+    b, _, h, w = x.shape
+    area = torch.empty(b).uniform_(0.02, 1 / 3) * h * w
+    aspect = torch.empty(b).uniform_(math.log(0.3), math.log(1 / 0.3)).exp()
+    height = (area * aspect).sqrt().round().clamp(1, h)
+    width = (area / aspect).sqrt().round().clamp(1, w)
+    height[torch.rand(b) >= chance] = 0
+    top = (torch.rand(b) * (h - height + 1)).floor()
+    left = (torch.rand(b) * (w - width + 1)).floor()
+    top, left, height, width = (per_sample(v, x) for v in (top, left, height, width))
+    row = rearrange(torch.arange(h, device=x.device), "h -> 1 1 h 1")
+    column = rearrange(torch.arange(w, device=x.device), "w -> 1 1 1 w")
+    erased = ((row >= top) & (row < top + height)) & ((column >= left) & (column < left + width))
+    return torch.where(erased, torch.randn_like(x), x)
+
+
+def mixup(x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Blend each sample and its label with the one before it (Zhang et al., 2018).
+
+        x' = λ·x + (1 - λ)·x_before,  y' = λ·y + (1 - λ)·y_before,   λ ~ Beta(α, α) for the batch
+    """
+    lam = torch.distributions.Beta(alpha, alpha).sample().item()
+    return torch.lerp(x.roll(1, 0), x, lam), torch.lerp(y.roll(1, 0), y, lam)
+
+
+def cutmix(x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Paste a rectangle of the sample before into each; labels by area (Yun et al., 2019).
+
+    The rectangle has 1 - λ of the area, λ ~ Beta(α, α), and is cut off at the image's edge.
+    """
+    _, _, h, w = x.shape
+    half = 0.5 * math.sqrt(1 - torch.distributions.Beta(alpha, alpha).sample().item())
+    cx, cy = torch.randint(w, ()).item(), torch.randint(h, ()).item()
+    left, right = max(cx - int(half * w), 0), min(cx + int(half * w), w)
+    top, bottom = max(cy - int(half * h), 0), min(cy + int(half * h), h)
+    x = x.clone()
+    x[:, :, top:bottom, left:right] = x.roll(1, 0)[:, :, top:bottom, left:right]
+    lam = 1 - (right - left) * (bottom - top) / (h * w)
+    return x, torch.lerp(y.roll(1, 0), y, lam)
+
+
+def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Each channel to mean 0 and standard deviation 1 over the data set. (b, c, h, w)"""
+    return ((x - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")).contiguous(
+        memory_format=torch.channels_last)
+
+
+def augment(args: argparse.Namespace, data: Data, x: Tensor, labels: Tensor,
+            mix: bool) -> tuple[Tensor, Tensor]:
+    """Bytes (b, 3, h, w) and labels (b,) -> what the network sees, and targets (b, classes)."""
+    x = crop_and_flip(x, args.crop_padding if args.img_size <= 64 else 0, args.flip)
+    x = x.float() / 255
+    if args.rand_augment:
+        x = rand_augment(x, args.rand_augment)
+    x = normalize(x, data.mean, data.std)
+    if args.random_erase:
+        x = random_erase(x, args.random_erase)
+    y = F.one_hot(labels, len(data.classes)).float()
+    kinds = [(f, alpha) for f, alpha in ((mixup, args.mixup), (cutmix, args.cutmix)) if alpha]
+    if mix and kinds and torch.rand(()) < args.mix_prob:
+        kind, alpha = kinds[int(torch.randint(len(kinds), ()))]
+        x, y = kind(x, y, alpha)
+    return x, y
+
+
+# --- 4. Optimisation ----------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Only matrices and filters decay: norms, biases and LayerScale have one axis and do not."""
+    weights = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": weights, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0}]
+
+
+def lr_at(step: int, total: int, warmup: int, peak: float, floor: float) -> float:
+    """The learning rate of step 0 ... total - 1: a straight line up, then half a cosine down.
+
+    A function of the step alone, so there is no scheduler whose state could be lost.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - 1 - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_ema(model: nn.Module, horizon: float, total: int) -> AveragedModel | None:
+    """An exponential moving average of the weights: ema += (weights - ema) / steps.
+
+    Its memory is a share of the run. The usual decay of 0.9999 looks back 10,000 steps, which
+    may be longer than a run on CIFAR-10 takes: the average would end on its way.
+    """
+    if not horizon:
+        return None
+    steps = max(1.0, horizon * total)
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps)).eval()
+
+
+# --- 5. Evaluation --------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, images: Dataset, mean: Tensor, std: Tensor, workers: int,
+             precision: torch.dtype) -> dict[str, float]:
+    """Mean cross-entropy, and the share (%) whose class comes first, and among the first five."""
+    model.eval()
+    device, total = mean.device, torch.zeros(3, device=mean.device)
+    for x, labels in batches(images, 500, workers):
+        labels = labels.to(device, non_blocking=True)
+        x = normalize(x.to(device, non_blocking=True).float() / 255, mean, std)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            logits = model(x)
+        logits = logits.float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == rearrange(labels, "b -> b 1")
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        total += torch.stack([loss, 100 * hits[:, 0].sum(), 100 * hits.sum()])
+    return dict(zip(("loss", "top1", "top5"), (total / len(images)).tolist()))
+
+
+# --- 6. The run and its folder -----------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """All that a training run consists of."""
+
+    args: argparse.Namespace
+    data: Data
+    precision: torch.dtype
+    model: ConvNeXt
+    ema: AveragedModel | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    history: list[dict]  # a row an epoch: metrics.csv
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.output)
+
+    def measure(self, split: str) -> dict[str, float]:
+        """Accuracy of the weights, and of their average, as columns of metrics.csv."""
+        columns = {}
+        for prefix, model in ((split, self.model), (f"{split}_ema", self.ema)):
+            if model:
+                result = evaluate(model, getattr(self.data, split), self.data.mean,
+                                  self.data.std, self.args.workers, self.precision)
+                columns |= {f"{prefix}_{name}": value for name, value in result.items()}
+        return columns
+
+    def state(self) -> dict:
+        """Plain data only: `torch.load(weights_only=True)` reads it, and nothing can hide in it."""
+        return {
+            "args": vars(self.args), "history": self.history, "classes": self.data.classes,
+            "mean": self.data.mean.tolist(), "std": self.data.std.tolist(),
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "scaler": self.scaler.state_dict()}
+
+    def load_state(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.history = state["history"]
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.fill_(self.history[-1]["step"])
+
+
+def set_up(args: argparse.Namespace, saved: dict | None) -> Run:
+    device = pick_device(args.device)
+    precision = pick_precision(args.amp, device)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    data = prepare_data(args, device)
+    torch.manual_seed(args.seed)
+    model = build_model(args, len(data.classes)).to(device, memory_format=torch.channels_last)
+    total = args.epochs * len(batches(data.train, args.batch_size, 0, train=True))
+    run = Run(
+        args, data, precision, model, make_ema(model, args.ema_horizon, total),
+        torch.optim.AdamW(parameter_groups(model, args.weight_decay), fused=True),
+        torch.amp.GradScaler(device.type, enabled=precision == torch.float16), history=[])
+    if saved:
+        run.load_state(saved)
+    if args.compile:
+        model.compile()  # in place: the names in the checkpoint stay the same
+    open_folder(args)
+    return run
+
+
+def build_model(args: argparse.Namespace, classes: int) -> ConvNeXt:
+    return create_convnext(
+        args.variant, num_classes=classes, patch_size=args.patch_size, drop_path=args.drop_path,
+        layer_scale=args.layer_scale)
+
+
+def open_folder(args: argparse.Namespace) -> None:
+    """Make the run folder; refuse one that holds another run."""
+    args.output = args.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.variant}")
+    folder = Path(args.output)
+    if not args.resume and (folder / "last.pt").exists():
+        raise UserError(f"{folder} holds a run already: --resume {folder}/last.pt, or give "
+                        "another --output")
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "torchvision": torchvision.__version__}
+    text = json.dumps({"argv": sys.argv, "args": vars(args), "versions": versions}, indent=2)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "args.json").write_text(text + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to --output {folder} ({error.strerror})") from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Whenever the power fails, `path` is the old file or the new one, never a part of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save(run: Run) -> None:
+    """last.pt after every epoch; best.pt when the held-out images say so."""
+    state = run.state()
+    write_atomically(run.folder / "last.pt", lambda path: torch.save(state, path))
+    metric = "val_ema_top1" if run.ema else "val_top1"
+    scores = [row.get(metric, -1.0) for row in run.history]
+    if run.data.val and scores[-1] > max(scores[:-1], default=-1.0):
+        write_atomically(run.folder / "best.pt", lambda path: torch.save(state, path))
+
+
+def export_weights(run: Run) -> None:
+    """The final weights, averaged if they were, and in the header what is needed to use them."""
+    state = run.state()
+    tensors = {k: v.cpu().contiguous() for k, v in (state["ema"] or state["model"]).items()}
+    meta = {k: json.dumps(state[k]) for k in ("args", "classes", "mean", "std")}
+    write_atomically(run.folder / "weights.safetensors",
+                     lambda path: save_file(tensors, path, meta))
+
+
+def read_checkpoint(path: Path) -> dict:
+    """last.pt, best.pt or weights.safetensors -> its contents, on the CPU, without running any."""
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                state = {key: json.loads(text) for key, text in file.metadata().items()}
+                state["ema"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"args", "classes", "mean", "std", "ema"} <= state.keys():
+            raise ValueError("of another program")
+    except Exception as error:  # a damaged file can make the readers raise anything
+        raise UserError(f"{path} is not a complete checkpoint written by train.py") from error
+    return state
+
+
+def describe(run: Run, steps: int) -> None:
+    """What is about to happen, before it does."""
+    args, data = run.args, run.data
+    with torch.device("meta"):
+        twin = build_model(args, len(data.classes))
+    device = data.mean.device
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    held_out = f" + {len(data.val):,} held-out" if data.val else ""
+    print(f"model   ConvNeXt-{args.variant}, patch size {args.patch_size}: "
+          f"{sum(p.numel() for p in twin.parameters()):,} parameters, "
+          f"{count_macs(twin, args.img_size) / 1e9:.3f} GMACs at {args.img_size}x{args.img_size}\n"
+          f"data    {args.dataset}: {len(data.train):,} training{held_out} + {len(data.test):,} "
+          f"test images, {len(data.classes)} classes ({', '.join(data.classes[:4])}, ...)\n"
+          f"device  {device.type} ({name}), {str(run.precision)[6:]}"
+          f"{', compiled' if args.compile else ''}, torch {torch.__version__}\n"
+          f"steps   {args.epochs} epochs x {steps} of {args.batch_size} images, lr {args.lr:g}, "
+          f"weight decay {args.weight_decay:g}, seed {args.seed}\n"
+          f"run     {args.output}", flush=True)
+
+
+def log(run: Run, writer: SummaryWriter, seconds_left: float) -> None:
+    """The newest row of the history: to the screen, metrics.csv and TensorBoard."""
+    row = run.history[-1]
+
+    def write_csv(path: Path) -> None:  # whole, so that it has each epoch once after a resume
+        with open(path, "w", newline="") as file:
+            table = csv.DictWriter(file, max(run.history, key=len).keys(), restval="")
+            table.writeheader()
+            table.writerows(run.history)
+
+    write_atomically(run.folder / "metrics.csv", write_csv)
+    for name in row:
+        writer.add_scalar(name, row[name], row["epoch"])
+    writer.flush()
+    split = "val" if run.data.val else "test"
+    results = "".join(
+        f"  {title} {row[key]:{form}}" for title, key, form in (
+            (f"{split} loss", f"{split}_loss", ".3f"), ("top-1", f"{split}_top1", "6.2f"),
+            ("EMA", f"{split}_ema_top1", "6.2f")) if key in row)
+    minutes, seconds = divmod(round(seconds_left), 60)
+    tqdm.write(f"epoch {row['epoch']:3}/{run.args.epochs}  lr {row['lr']:.1e}  train loss "
+               f"{row['train_loss']:.3f}{results}  {row['images_per_s']:5.0f} img/s  "
+               f"{minutes}:{seconds:02} left")
+    sys.stdout.flush()
+
+
+# --- 7. Training -----------------------------------------------------------------------------------
+
+
+def train(run: Run) -> None:
+    args, data, model, optimizer, scaler = (
+        run.args, run.data, run.model, run.optimizer, run.scaler)
+    device = data.mean.device
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+    steps = len(batches(data.train, args.batch_size, 0, train=True))  # an epoch's
+    total, warmup = steps * args.epochs, round(steps * args.warmup_epochs)
+    describe(run, steps)
+    done = len(run.history)
+    writer = SummaryWriter(run.folder, purge_step=done + 1)
+    progress = tqdm(total=total, initial=done * steps, unit="step", disable=None)
+    started = time.perf_counter()
+    for epoch in range(done, args.epochs):
+        # All that is random in an epoch follows from its number: a resumed run draws the same.
+        torch.manual_seed(args.seed + 1_000_003 * (epoch + 1))
+        began, epoch_loss = time.perf_counter(), torch.zeros((), device=device)
+        mix = epoch < args.epochs - args.mix_off_epochs
+        model.train()
+        loader = batches(data.train, args.batch_size, args.workers, train=True)
+        for step, (images, labels) in enumerate(loader, epoch * steps):
+            images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
+            x, y = augment(args, data, images, labels, mix)
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, total, warmup, args.lr, args.min_lr)
+
+            # ---- learning ----------------------------------------------------------------------
+            for xs, ys in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
+                with torch.autocast(device.type, run.precision, run.precision != torch.float32):
+                    logits = model(xs)
+                loss = criterion(logits.float(), ys) * (len(xs) / len(x))
+                scaler.scale(loss).backward()
+                epoch_loss += loss.detach()
+            if args.clip_grad:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if run.ema:
+                run.ema.update_parameters(model)
+            # --------------------------------------------------------------------------------------
+            progress.update()
+
+        loss = epoch_loss.item() / steps
+        if not math.isfinite(loss):
+            raise UserError(f"the loss became {loss} in epoch {epoch + 1}; try a lower --lr, "
+                            f"--clip-grad 1 or --amp off")
+        seconds = time.perf_counter() - began
+        row = {"epoch": epoch + 1, "step": (epoch + 1) * steps, "train_loss": loss,
+               "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
+               "images_per_s": steps * min(args.batch_size, len(data.train)) / seconds}
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            row |= run.measure("val" if data.val else "test")
+        run.history.append(row)
+        save(run)
+        an_epoch = (time.perf_counter() - started) / (epoch + 1 - done)
+        log(run, writer, an_epoch * (args.epochs - epoch - 1))
+    progress.close()
+    writer.close()
+
+
+def report(checkpoint: dict, images: Dataset, args: argparse.Namespace, name: str) -> None:
+    """Print the accuracy of a checkpoint's weights, and of their average."""
+    device = pick_device(args.device)
+    mean, std = (torch.tensor(checkpoint[key], device=device) for key in ("mean", "std"))
+    model = build_model(args, len(checkpoint["classes"])).to(device)
+    for weights in ("model", "ema"):
+        if checkpoint.get(weights):
+            model.load_state_dict(checkpoint[weights])
+            result = evaluate(model, images, mean, std, args.workers,
+                              pick_precision(args.amp, device))
+            print(f"{name} ({'last step' if weights == 'model' else 'EMA'}): test loss "
+                  f"{result['loss']:.4f}  top-1 {result['top1']:.2f} %  "
+                  f"top-5 {result['top5']:.2f} %  of {len(images):,} images")
+
+
+def main(argv: list[str]) -> int:
+    args, checkpoint = parse_args(argv)
+    if args.eval_only:
+        test = load_split(args, train=False, classes=checkpoint["classes"])
+        if test.classes != checkpoint["classes"]:
+            raise UserError(f"{args.eval_only} knows other classes than --dataset {args.dataset}")
+        report(checkpoint, test, args, args.eval_only)
+        return 0
+    run = set_up(args, checkpoint)
+    last = run.folder / "last.pt"
+    try:
+        train(run)
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: python train.py --resume {last}" if last.exists() else
+              "\nstopped before the end of the first epoch; nothing to resume", file=sys.stderr)
+        return 130
+    export_weights(run)
+    for path in (last, run.folder / "best.pt"):
+        if path.exists():
+            report(read_checkpoint(path), run.data.test, args, path.name)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        # From a worker process the text is a traceback that ends in our line
+        sys.exit("train.py: error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1])
