@@ -1,27 +1,23 @@
-"""Train ConvNeXt on CIFAR-10, on a folder of images, or on shapes that are drawn on the spot.
+"""Train ConvNeXt on CIFAR-10, on a folder of images, or on shapes drawn on the spot.
 
-    python train.py --variant tiny --epochs 100          # the full recipe; downloads CIFAR-10
-    python train.py --variant atto --dataset synthetic --epochs 12 --batch-size 64
+    python train.py --variant tiny --epochs 100       # the full recipe; downloads CIFAR-10
     python train.py --dataset folder --data-dir DIR --img-size 224 --patch-size 4
-    python train.py --resume runs/NAME/last.pt           # go on where a run stopped
-    python train.py --eval-only runs/NAME/last.pt        # only measure the accuracy
+    python train.py --resume runs/NAME/last.pt        # go on where a run stopped
+    python train.py --eval-only runs/NAME/last.pt     # only measure the accuracy
 
-The file is in the order in which it runs, in seven parts:
+It is the paper's recipe for ImageNet (table 5) brought down to a hundred epochs of 32x32 images;
+README.md lists the changes and the measurements behind them. In the order in which it runs:
 
     1 Arguments       every switch of the recipe, with its default
-    2 Data            a data set is a list of images that can be had by number, as bytes
-    3 Augmentation    bytes -> the batch that the network sees, drawn for each sample on its own
-    4 Optimisation    which weights decay, the learning rate of a step, the average of the weights
-    5 Evaluation      loss, top-1 and top-5
-    6 Run folder      checkpoints and logs
+    2 Data            numbers of images -> a batch of bytes
+    3 Augmentation    bytes -> what the network sees, drawn for each sample on its own
+    4 Optimisation    what decays, the learning rate of a step, the average of the weights
+    5 Evaluation      loss, top-1, top-5
+    6 The run         its state, its folder, its log
     7 Training        the loop
-
-The recipe is the paper's for ImageNet (table 5), brought down to images of 32x32 and a hundred
-epochs; README.md lists what was changed, and the measurements behind it.
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -56,7 +52,7 @@ class UserError(Exception):
     """Something that the user can mend; shown as one line, without a traceback."""
 
 
-# --- 1. Arguments ---------------------------------------------------------------------------------
+# --- 1. Arguments -------------------------------------------------------------------------------
 
 
 def number(kind: type, allowed: str, ok: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -83,10 +79,12 @@ LEVEL = number(float, "from 0 to 10", lambda v: 0 <= v <= 10)
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="python train.py [--option value ...]; --help lists the options",
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False)  # a mistyped --mix must not pass for --mixup
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=("cifar10", "folder", "synthetic"), default="cifar10", help=" ")
+    add("--dataset", choices=("cifar10", "folder", "synthetic"), default="cifar10", help="its kind")
     add("--data-dir", default="data", metavar="DIR",
         help="CIFAR-10's place; for folder: has train/ and val/ or test/, with a folder a class")
     add("--img-size", type=COUNT, default=32, metavar="N",
@@ -96,10 +94,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--workers", "-j", type=COUNT_OR_0, default=min(8, os.cpu_count() or 1), metavar="N",
         help="processes that read images")
     add = parser.add_argument_group("model").add_argument
-    add("--variant", "--model", choices=VARIANTS, default="tiny", help=" ")
+    add("--variant", "--model", choices=VARIANTS, default="tiny", help="size")
     add("--patch-size", type=int, choices=(1, 2, 4), default=2, help="stride of the stem")
     add("--drop-path", type=BELOW_1, default=0.1, help="stochastic depth, at the last block")
-    add("--layer-scale", type=NOT_NEGATIVE, default=1e-6, help="initial value; 0: none")
+    add("--layer-scale", type=NOT_NEGATIVE, default=0.1, help="initial value; 0: none")
     add = parser.add_argument_group("augmentation (0 turns a part off)").add_argument
     add("--crop-padding", type=COUNT_OR_0, default=4, help="pixels, of images up to 64x64")
     add("--crop-scale", type=CHANCE, default=0.08, help="least area, of larger images")
@@ -111,14 +109,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--mix-prob", type=CHANCE, default=1.0, help="chance that a batch is mixed")
     add("--mix-off-epochs", type=COUNT_OR_0, metavar="N", help="unmixed at the end; default 1/10")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=COUNT, default=100, help=" ")
-    add("--batch-size", "-b", type=COUNT, default=128, help=" ")
+    add("--epochs", type=COUNT, default=100, help="passes over the data")
+    add("--batch-size", "-b", type=COUNT, default=128, help="images a step")
     add("--accumulate", type=COUNT, default=1, help="parts of a batch: same step, less memory")
     add("--lr", type=POSITIVE, default=1e-3, help="highest learning rate")
     add("--min-lr", type=NOT_NEGATIVE, default=1e-6, help="last learning rate")
     add("--warmup-epochs", type=NOT_NEGATIVE, metavar="N", help="default 1/20 of the run")
-    add("--weight-decay", "--wd", type=NOT_NEGATIVE, default=0.05, help=" ")
-    add("--label-smoothing", type=BELOW_1, default=0.1, help=" ")
+    add("--weight-decay", "--wd", type=NOT_NEGATIVE, default=0.05,
+        help="of convolutions and linear layers")
+    add("--label-smoothing", type=BELOW_1, default=0.1, help="share of the target spread evenly")
     add("--clip-grad", type=NOT_NEGATIVE, default=0.0, help="largest gradient norm; 0: any")
     add("--ema-horizon", type=BELOW_1, default=0.04,
         help="share of the run that the average of the weights looks back over; 0: no average")
@@ -126,7 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile the model")
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="cuda, mps, cpu")
-    add("--seed", type=COUNT_OR_0, default=0, help=" ")
+    add("--seed", type=COUNT_OR_0, default=0, help="of all that is random")
     add("--eval-every", type=COUNT, default=1, metavar="N", help="epochs, and after the last")
     add("--output", metavar="DIR", help="run folder; default runs/<time>-<variant>")
     add("--resume", metavar="LAST.PT", help="continue this run, with its arguments")
@@ -135,39 +134,36 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
-    """The command line -> the arguments, and the checkpoint that it names, if it does."""
+    """The command line -> the arguments, and the checkpoint that they name, if they do."""
     # the authors write --drop_path
     argv = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.resume and args.eval_only:
-        parser.error("--resume and --eval-only exclude each other")
-    checkpoint = None
+    args, checkpoint = parser.parse_args(argv), None
     if path := args.resume or args.eval_only:
         checkpoint = read_checkpoint(Path(path))
-        saved = checkpoint["args"]
-        parser.set_defaults(**saved)  # what the command line names again still wins ...
+        saved = {k: v for k, v in checkpoint["args"].items() if k not in ("resume", "eval_only")}
+        parser.set_defaults(**saved)  # the command line still overrides them ...
         args = parser.parse_args(argv)
-        elsewhere = {"resume", "eval_only", "output", "device", "workers", "data_dir"}
-        changed = [k for k in saved if k not in elsewhere and getattr(args, k) != saved[k]]
+        free = ("output", "data_dir", "device", "workers")
+        changed = [k for k in saved if k not in free and getattr(args, k) != saved[k]]
         if args.resume and changed:  # ... but may not make one run out of two
-            parser.error("a resumed run keeps its arguments; leave out " + ", ".join(
+            parser.error("a resumed run keeps its arguments: leave out " + ", ".join(
                 f"--{k.replace('_', '-')} (was {saved[k]})" for k in changed))
-        if args.resume:
-            args.output = str(Path(args.resume).parent)
+    if args.resume:
+        args.output = str(Path(args.resume).parent)
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 20
     if args.mix_off_epochs is None:
         args.mix_off_epochs = args.epochs // 10
-    if args.warmup_epochs >= args.epochs:
-        parser.error(f"--warmup-epochs must be below --epochs ({args.epochs})")
-    if args.accumulate > args.batch_size:
-        parser.error(f"--accumulate must be at most --batch-size ({args.batch_size})")
-    if args.img_size < 8 * args.patch_size:
-        parser.error(f"--img-size must be at least {8 * args.patch_size} at --patch-size "
-                     f"{args.patch_size}: the network reduces it {8 * args.patch_size} times")
-    if args.img_size <= 64 and args.crop_padding >= args.img_size:
-        parser.error(f"--crop-padding must be below --img-size ({args.img_size})")
+    stride = 8 * args.patch_size  # of the whole network
+    for name, ok, allowed in (
+        ("--warmup-epochs", args.warmup_epochs < args.epochs, f"below --epochs, {args.epochs}"),
+        ("--accumulate", args.accumulate <= args.batch_size, f"up to {args.batch_size}, a batch"),
+        ("--img-size", args.img_size >= stride, f"{stride} or more at this --patch-size"),
+        ("--crop-padding", args.crop_padding < args.img_size, f"below {args.img_size}, the image"),
+    ):
+        if not ok:
+            parser.error(f"argument {name}: must be {allowed}")
     return args, checkpoint
 
 
@@ -195,13 +191,13 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
 
 
-# --- 2. Data --------------------------------------------------------------------------------------
-# Every data set has `classes`, and `__getitems__`: numbers -> ((b, 3, h, w) bytes, (b,) labels),
-# which PyTorch's DataLoader calls once a batch.
+# --- 2. Data ------------------------------------------------------------------------------------
+# A data set has `classes`, and `__getitems__`, which PyTorch's DataLoader calls once a batch:
+# numbers of images -> bytes (b, 3, h, w) and labels (b,).
 
 
 class InMemory(Dataset):
-    """Images that are small enough to keep: on a GPU no batch ever waits for the disk."""
+    """Images small enough to be decoded once and kept."""
 
     def __init__(self, images: Tensor, labels: Tensor, classes: list[str]) -> None:
         self.images, self.labels, self.classes = images, labels, classes
@@ -210,45 +206,39 @@ class InMemory(Dataset):
         return len(self.images)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        index = torch.tensor(indices, device=self.images.device)
-        return self.images[index], self.labels[index]
-
-    def to(self, device: torch.device) -> "InMemory":
-        return InMemory(self.images.to(device), self.labels.to(device), self.classes)
+        return self.images[indices], self.labels[indices]
 
 
 class Folder(torchvision.datasets.ImageFolder):
-    """root/<class>/*.jpg etc., of any size and colour mode, cut to squares by `transform`.
+    """root/<class>/*.jpg etc. of any size and colour mode; `transform` makes squares of them.
 
-    `classes`, where given, are the training set's: a class is its name, not its position.
+    `classes`, if given, are the training set's: a class is known by its name, not its position.
     """
 
-    def __init__(self, root: Path, transform: Callable, classes: list[str] | None = None) -> None:
+    def __init__(self, root: Path, transform: Callable, classes: list[str] | None) -> None:
         self.known = classes
         try:
             super().__init__(str(root), transform, allow_empty=classes is not None)
-        except FileNotFoundError as error:
-            raise UserError(f"{root} must have a folder for each class with images in it "
-                            f"({str(error).partition('.')[0]})") from error
+        except FileNotFoundError as error:  # a class without images
+            raise UserError(f"{root}: {str(error).partition('.')[0]}") from error
         if not self.samples:
-            raise UserError(f"no images in {root}; it must have a folder for each class")
+            raise UserError(f"{root} has no images; they belong in a folder for each class")
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        found = sorted(d.name for d in os.scandir(directory)
-                       if d.is_dir() and not d.name.startswith("."))
-        if self.known is None and len(found) < 2:
-            raise UserError(f"{directory} must have at least two class folders, not {len(found)}")
+        found = sorted(entry.name for entry in os.scandir(directory)
+                       if entry.is_dir() and not entry.name.startswith("."))
         classes = self.known or found
-        if unknown := set(found) - set(classes):
-            raise UserError(f"{directory} has classes that training has not: "
-                            f"{', '.join(sorted(unknown))}")
-        if missing := set(classes) - set(found):
-            print(f"note: {directory} has no {', '.join(sorted(missing))}", file=sys.stderr)
+        if len(classes) < 2:
+            raise UserError(f"{directory} must have two class folders or more, not {len(found)}")
+        if unknown := sorted(set(found) - set(classes)):
+            raise UserError(f"{directory} has classes that training has not: {', '.join(unknown)}")
+        if missing := sorted(set(classes) - set(found)):
+            print(f"note: {directory} has no {', '.join(missing)}", file=sys.stderr)
         return classes, {name: label for label, name in enumerate(classes)}
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         images = []
-        for path in (self.samples[i][0] for i in indices):
+        for path, _ in (self.samples[i] for i in indices):
             try:
                 images.append(self.transform(self.loader(path)))  # the loader converts to RGB
             except (OSError, ValueError) as error:
@@ -256,9 +246,31 @@ class Folder(torchvision.datasets.ImageFolder):
         return torch.stack(images), torch.tensor([self.targets[i] for i in indices])
 
 
+def load_folder(args: argparse.Namespace, train: bool, crop: bool,
+                classes: list[str] | None) -> Dataset:
+    root, size, small = Path(args.data_dir), args.img_size, args.img_size <= 64
+    names = ("train",) if train else ("test", "val")
+    path = next((root / name for name in names if (root / name).is_dir()), None)
+    if path is None:
+        raise UserError(f"--data-dir {root} has no {'/ or '.join(names)}/; it must hold train/ and "
+                        "val/ or test/, each with a folder for each class")
+    if crop and not small:
+        cut = [T.RandomResizedCrop(size, (args.crop_scale, 1), interpolation=3)]  # 3: bicubic
+    else:  # the middle; of larger images 7/8 of the shorter side, as the authors evaluate
+        cut = [T.Resize(size if small else round(size / 0.875), interpolation=3),
+               T.CenterCrop(size)]
+    data = Folder(path, T.Compose([*cut, T.PILToTensor()]), classes)
+    if not small:
+        return data
+    loader = batches(data, 500, args.workers)
+    parts = list(tqdm(loader, f"reading {path}", disable=None, leave=False))
+    images, labels = (torch.cat(part) for part in zip(*parts))
+    return InMemory(images, labels, data.classes)
+
+
 def load_cifar10(root: str, train: bool) -> InMemory:
     try:
-        data = torchvision.datasets.CIFAR10(root, train, download=True)  # checks the md5 sums
+        data = torchvision.datasets.CIFAR10(root, train, download=True)  # checks the md5 sum
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"CIFAR-10 could not be downloaded ({error}). Put cifar-10-python.tar.gz from "
@@ -266,29 +278,6 @@ def load_cifar10(root: str, train: bool) -> InMemory:
             "--data-dir DIR, or --dataset synthetic") from error
     images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
     return InMemory(images, torch.tensor(data.targets), data.classes)
-
-
-def load_folder(args: argparse.Namespace, train: bool, augment: bool,
-                classes: list[str] | None) -> Dataset:
-    root, size = Path(args.data_dir), args.img_size
-    names = ("train",) if train else ("test", "val")
-    path = next((root / name for name in names if (root / name).is_dir()), None)
-    if path is None:
-        raise UserError(f"{root} has no {'/ or '.join(names)}/ folder; --data-dir must hold "
-                        "train/ and val/ or test/, each with a folder for each class")
-    small = size <= 64
-    if augment and not small:
-        cut = [T.RandomResizedCrop(size, (args.crop_scale, 1), interpolation=3, antialias=True)]
-    else:  # the shorter side to 8/7 of the size and its centre, as the authors evaluate at 224
-        side = size if small else round(size / 0.875)
-        cut = [T.Resize(side, interpolation=3, antialias=True), T.CenterCrop(size)]
-    data = Folder(path, T.Compose([*cut, T.PILToTensor()]), classes)
-    if not small:
-        return data
-    loaded = list(tqdm(batches(data, 500, args.workers), f"reading {path}", disable=None,
-                       leave=False, total=math.ceil(len(data) / 500)))
-    images, labels = (torch.cat(parts) for parts in zip(*loaded))
-    return InMemory(images, labels, data.classes)
 
 
 SHAPES = {  # inside or outside, for u and v running from -1 to 1 across the shape
@@ -306,7 +295,7 @@ SHAPES = {  # inside or outside, for u and v running from -1 to 1 across the sha
 
 
 def draw_shapes(count: int, size: int, seed: int) -> InMemory:
-    """`count` noisy pictures of ten shapes, at random places, sizes and colours."""
+    """`count` noisy pictures of the ten shapes, at random places, sizes and colours."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -315,81 +304,65 @@ def draw_shapes(count: int, size: int, seed: int) -> InMemory:
     axis = torch.linspace(-1, 1, size)
     u = (rearrange(axis, "w -> 1 1 w") - uniform(-0.3, 0.3)) / uniform(0.4, 0.7)
     v = (rearrange(axis, "h -> 1 h 1") - uniform(-0.3, 0.3)) / uniform(0.4, 0.7)
-    u, v = torch.broadcast_tensors(u, v)  # (n, h, w)
     labels = torch.arange(count) % len(SHAPES)
-    inside = torch.empty(count, size, size)
-    for label, shape in enumerate(SHAPES.values()):
-        chosen = labels == label
-        inside[chosen] = shape(u[chosen], v[chosen]).float()
-    inside = rearrange(inside, "n h w -> n 1 h w")
-    paper = uniform(0, 0.4, 3)
-    ink = paper + uniform(0.4, 0.6, 3)
-    images = paper + (ink - paper) * inside
+    inside = torch.stack([shape(*torch.broadcast_tensors(u[k :: len(SHAPES)], v[k :: len(SHAPES)]))
+                          for k, shape in enumerate(SHAPES.values())], 1)  # count: a multiple of 10
+    paper, ink = uniform(0, 0.4, 3), uniform(0.4, 0.6, 3)
+    images = paper + ink * rearrange(inside.float(), "n k h w -> (n k) 1 h w")
     images += 0.08 * torch.randn(images.shape, generator=generator)
     return InMemory((images.clamp(0, 1) * 255).byte(), labels, list(SHAPES))
 
 
-def load_split(args: argparse.Namespace, train: bool, *, augment: bool = False,
-              classes: list[str] | None = None) -> Dataset:
+def load_split(args: argparse.Namespace, train: bool, *, crop: bool = False,
+               classes: list[str] | None = None) -> Dataset:
     if args.dataset == "folder":
-        return load_folder(args, train, augment, classes)
+        return load_folder(args, train, crop, classes)
     if args.dataset == "synthetic":
         return draw_shapes(5000 if train else 1000, args.img_size, seed=int(train))
     if args.img_size != 32:
-        raise UserError("CIFAR-10's images are 32x32; leave --img-size at 32")
+        raise UserError("the images of CIFAR-10 are 32x32; leave out --img-size")
     return load_cifar10(args.data_dir, train)
 
 
 def ignore_ctrl_c(_worker: int) -> None:
-    """Only the main process answers Ctrl-C; the workers end with it."""
+    """Only the main process answers; its workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def batches(data: Dataset, batch_size: int, workers: int, *, train: bool = False) -> DataLoader:
-    """Batches in order; for training shuffled, and all of one size."""
-    whole = data.dataset if isinstance(data, Subset) else data
+    """Batches in order, or for training shuffled and without a last incomplete one."""
+    on_disk = not isinstance(data.dataset if isinstance(data, Subset) else data, InMemory)
     return DataLoader(
         data, batch_size, shuffle=train, drop_last=train and len(data) > batch_size,
-        num_workers=0 if isinstance(whole, InMemory) else workers,
-        collate_fn=lambda batch: batch,  # __getitems__ has made a batch of it already
-        pin_memory=torch.cuda.is_available() and not isinstance(whole, InMemory),
-        worker_init_fn=ignore_ctrl_c)
+        num_workers=workers if on_disk else 0, worker_init_fn=ignore_ctrl_c,
+        pin_memory=torch.cuda.is_available(), collate_fn=lambda batch: batch)
 
 
 def channel_statistics(data: Dataset, workers: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, of pixels from 0 to 1.
-
-    Over all images if they are in memory, else over 2,000 spread evenly through the folder.
-    """
+    """Mean and standard deviation (3,) of the channels, from 0 to 1; of 2,000 files if on disk."""
     if not isinstance(data, InMemory):
         data = Subset(data, range(0, len(data), max(1, len(data) // 2000)))
-    total, squares, count = 0, 0, 0
-    for images, _ in batches(data, 500, workers):
-        pixels = images.double() / 255
-        total += reduce(pixels, "b c h w -> c", "sum")
-        squares += reduce(pixels**2, "b c h w -> c", "sum")
-        count += pixels.numel() / pixels.shape[1]
-    mean = total / count
-    std = (squares / count - mean**2).sqrt().clamp(min=1e-3)  # one colour only: do not divide by 0
+    sums = [torch.cat([reduce(x / 255.0, "b c h w -> c", "mean"),
+                       reduce((x / 255.0) ** 2, "b c h w -> c", "mean")]).double() * len(x)
+            for x, _ in batches(data, 500, workers)]
+    mean, mean_square = (sum(sums) / len(data)).chunk(2)
+    std = (mean_square - mean**2).clamp(min=1e-6).sqrt()  # one colour only: no division by 0
     return mean.float(), std.float()
 
 
 class Data(NamedTuple):
     train: Dataset
-    val: Dataset | None  # held out of the training set, without augmentation; may choose best.pt
+    val: Dataset | None  # held out of the training set, and not augmented; may choose best.pt
     test: Dataset  # chooses nothing
     classes: list[str]
-    mean: Tensor  # (3,), on the training device
+    mean: Tensor
     std: Tensor
 
 
 def prepare_data(args: argparse.Namespace, device: torch.device) -> Data:
-    train, val = load_split(args, train=True, augment=True), None
-    test = load_split(args, train=False, classes=train.classes)
-    mean, std = (statistic.to(device) for statistic in channel_statistics(train, args.workers))
-    classes = train.classes
-    if isinstance(train, InMemory):
-        train, test = train.to(device), test.to(device)
+    train, val = load_split(args, train=True, crop=True), None
+    classes, statistics = train.classes, channel_statistics(train, args.workers)
+    test = load_split(args, train=False, classes=classes)
     if args.val_size:
         if args.val_size >= len(train):
             raise UserError(f"--val-size must be below the {len(train):,} training images")
@@ -397,10 +370,10 @@ def prepare_data(args: argparse.Namespace, device: torch.device) -> Data:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         val = Subset(plain, order[: args.val_size])
         train = Subset(train, order[args.val_size :])
-    return Data(train, val, test, classes, mean, std)
+    return Data(train, val, test, classes, *(s.to(device) for s in statistics))
 
 
-# --- 3. Augmentation --------------------------------------------------------------------------------
+# --- 3. Augmentation ----------------------------------------------------------------------------
 # All on whole batches, on the training device, and yet with draws of its own for every sample.
 # (torchvision's transforms, given a batch, draw once for all of it.) The small draws come from
 # the CPU's generator, so that a GPU never has to wait to be told which samples are meant.
@@ -462,8 +435,8 @@ def keep_bits(x: Tensor, bits: Tensor) -> Tensor:
     return ((x * 255).round() / step).floor() * step / 255
 
 
-# The fifteen operations of timm's "increasing" set, which the paper's RandAugment (9, 0.5) uses.
-# x: (b, 3, h, w) from 0 to 1. m: (b, 1, 1, 1), the strength from -1 to 1, the sign at random.
+# The operations behind the paper's "RandAugment (9, 0.5)", with timm's ranges. x: (b, 3, h, w)
+# from 0 to 1. m: (b, 1, 1, 1), the strength from -1 to 1; its sign, a coin toss, may not matter.
 RAND_AUGMENT_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "auto_contrast": lambda x, m: TF.autocontrast(x),
     "equalize": lambda x, m: TF.equalize(x),
@@ -488,18 +461,17 @@ RAND_AUGMENT_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def rand_augment(x: Tensor, level: float) -> Tensor:
     """RandAugment (Cubuk et al., 2019) as the paper means it: timm's rand-m9-mstd0.5-inc1.
 
-    Twice, each sample draws one of fifteen operations and applies it with probability 1/2, at a
-    strength of about level / 10 of the operation's largest. (torchvision's RandAugment with
-    magnitude 9 has fourteen other ranges, always applies, and at 9 / 30: not what is meant.)
-    x: (b, 3, h, w) from 0 to 1.
+    Twice, each sample draws one of the fifteen operations and applies it with probability 1/2,
+    at a strength of about level / 10 of its largest. (torchvision's RandAugment of magnitude 9 is
+    another thing: its scale ends at 30, and it always applies.) x: (b, 3, h, w) from 0 to 1.
     """
     for _ in range(2):
         choice = torch.randint(len(RAND_AUGMENT_OPS), (len(x),))
         choice[torch.rand(len(x)) < 0.5] = -1  # leave these as they are
         strength = (level + 0.5 * torch.randn(len(x))).clamp(0, 10) / 10
         strength = torch.where(torch.rand(len(x)) < 0.5, strength, -strength)
-        for number_of, operation in enumerate(RAND_AUGMENT_OPS.values()):
-            if len(chosen := (choice == number_of).nonzero()[:, 0]):
+        for index, operation in enumerate(RAND_AUGMENT_OPS.values()):
+            if len(chosen := (choice == index).nonzero()[:, 0]):
                 m = per_sample(strength[chosen], x)
                 chosen = chosen.to(x.device, non_blocking=True)
                 x[chosen] = operation(x[chosen], m)
@@ -530,7 +502,7 @@ def random_erase(x: Tensor, chance: float) -> Tensor:
 def mixup(x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Blend each sample and its label with the one before it (Zhang et al., 2018).
 
-        x' = λ·x + (1 - λ)·x_before,  y' = λ·y + (1 - λ)·y_before,   λ ~ Beta(α, α) for the batch
+        x' = λ·x + (1 - λ)·x_before,   y' = λ·y + (1 - λ)·y_before,   λ ~ Beta(α, α)
     """
     lam = torch.distributions.Beta(alpha, alpha).sample().item()
     return torch.lerp(x.roll(1, 0), x, lam), torch.lerp(y.roll(1, 0), y, lam)
@@ -610,7 +582,7 @@ def make_ema(model: nn.Module, horizon: float, total: int) -> AveragedModel | No
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps)).eval()
 
 
-# --- 5. Evaluation --------------------------------------------------------------------------------
+# --- 5. Evaluation ------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -620,10 +592,9 @@ def evaluate(model: nn.Module, images: Dataset, mean: Tensor, std: Tensor, worke
     model.eval()
     device, total = mean.device, torch.zeros(3, device=mean.device)
     for x, labels in batches(images, 500, workers):
-        labels = labels.to(device, non_blocking=True)
-        x = normalize(x.to(device, non_blocking=True).float() / 255, mean, std)
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits = model(x)
+        x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, precision, precision != torch.float32):
+            logits = model(normalize(x / 255.0, mean, std))
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == rearrange(labels, "b -> b 1")
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -631,12 +602,12 @@ def evaluate(model: nn.Module, images: Dataset, mean: Tensor, std: Tensor, worke
     return dict(zip(("loss", "top1", "top5"), (total / len(images)).tolist()))
 
 
-# --- 6. The run and its folder -----------------------------------------------------------------------
+# --- 6. The run ---------------------------------------------------------------------------------
 
 
 @dataclass
 class Run:
-    """All that a training run consists of."""
+    """All that training changes, and all that it needs to go on."""
 
     args: argparse.Namespace
     data: Data
@@ -645,24 +616,24 @@ class Run:
     ema: AveragedModel | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    history: list[dict]  # a row an epoch: metrics.csv
+    history: list[dict]  # a row for each epoch; metrics.csv
 
     @property
     def folder(self) -> Path:
         return Path(self.args.output)
 
     def measure(self, split: str) -> dict[str, float]:
-        """Accuracy of the weights, and of their average, as columns of metrics.csv."""
-        columns = {}
+        """The accuracy of the weights, and of their average, as columns of metrics.csv."""
+        data, columns = self.data, {}
         for prefix, model in ((split, self.model), (f"{split}_ema", self.ema)):
             if model:
-                result = evaluate(model, getattr(self.data, split), self.data.mean,
-                                  self.data.std, self.args.workers, self.precision)
+                result = evaluate(model, getattr(data, split), data.mean, data.std,
+                                  self.args.workers, self.precision)
                 columns |= {f"{prefix}_{name}": value for name, value in result.items()}
         return columns
 
     def state(self) -> dict:
-        """Plain data only: `torch.load(weights_only=True)` reads it, and nothing can hide in it."""
+        """Plain data, which `torch.load(weights_only=True)` reads without running anything."""
         return {
             "args": vars(self.args), "history": self.history, "classes": self.data.classes,
             "mean": self.data.mean.tolist(), "std": self.data.std.tolist(),
@@ -680,9 +651,19 @@ class Run:
             self.ema.n_averaged.fill_(self.history[-1]["step"])
 
 
-def set_up(args: argparse.Namespace, saved: dict | None) -> Run:
+def build_model(args: argparse.Namespace, classes: int) -> ConvNeXt:
+    return create_convnext(
+        args.variant, num_classes=classes, patch_size=args.patch_size, drop_path=args.drop_path,
+        layer_scale=args.layer_scale)
+
+
+def set_up(args: argparse.Namespace, checkpoint: dict | None) -> Run:
     device = pick_device(args.device)
     precision = pick_precision(args.amp, device)
+    args.output = args.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.variant}")
+    if (Path(args.output) / "last.pt").exists() and not checkpoint:
+        raise UserError(f"{args.output} holds a run already: --resume {args.output}/last.pt, or "
+                        "give another --output")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     data = prepare_data(args, device)
@@ -691,37 +672,13 @@ def set_up(args: argparse.Namespace, saved: dict | None) -> Run:
     total = args.epochs * len(batches(data.train, args.batch_size, 0, train=True))
     run = Run(
         args, data, precision, model, make_ema(model, args.ema_horizon, total),
-        torch.optim.AdamW(parameter_groups(model, args.weight_decay), fused=True),
+        torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, fused=True),
         torch.amp.GradScaler(device.type, enabled=precision == torch.float16), history=[])
-    if saved:
-        run.load_state(saved)
+    if checkpoint:
+        run.load_state(checkpoint)
     if args.compile:
-        model.compile()  # in place: the names in the checkpoint stay the same
-    open_folder(args)
+        model.compile()  # in place, so the names in the checkpoint stay as they are
     return run
-
-
-def build_model(args: argparse.Namespace, classes: int) -> ConvNeXt:
-    return create_convnext(
-        args.variant, num_classes=classes, patch_size=args.patch_size, drop_path=args.drop_path,
-        layer_scale=args.layer_scale)
-
-
-def open_folder(args: argparse.Namespace) -> None:
-    """Make the run folder; refuse one that holds another run."""
-    args.output = args.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.variant}")
-    folder = Path(args.output)
-    if not args.resume and (folder / "last.pt").exists():
-        raise UserError(f"{folder} holds a run already: --resume {folder}/last.pt, or give "
-                        "another --output")
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "torchvision": torchvision.__version__}
-    text = json.dumps({"argv": sys.argv, "args": vars(args), "versions": versions}, indent=2)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "args.json").write_text(text + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to --output {folder} ({error.strerror})") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -733,27 +690,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(temporary, path)
 
 
-def save(run: Run) -> None:
-    """last.pt after every epoch; best.pt when the held-out images say so."""
-    state = run.state()
-    write_atomically(run.folder / "last.pt", lambda path: torch.save(state, path))
-    metric = "val_ema_top1" if run.ema else "val_top1"
-    scores = [row.get(metric, -1.0) for row in run.history]
-    if run.data.val and scores[-1] > max(scores[:-1], default=-1.0):
-        write_atomically(run.folder / "best.pt", lambda path: torch.save(state, path))
-
-
-def export_weights(run: Run) -> None:
-    """The final weights, averaged if they were, and in the header what is needed to use them."""
-    state = run.state()
-    tensors = {k: v.cpu().contiguous() for k, v in (state["ema"] or state["model"]).items()}
-    meta = {k: json.dumps(state[k]) for k in ("args", "classes", "mean", "std")}
-    write_atomically(run.folder / "weights.safetensors",
-                     lambda path: save_file(tensors, path, meta))
-
-
 def read_checkpoint(path: Path) -> dict:
-    """last.pt, best.pt or weights.safetensors -> its contents, on the CPU, without running any."""
+    """last.pt, best.pt or weights.safetensors -> its contents, on the CPU; never runs any code."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
@@ -764,51 +702,69 @@ def read_checkpoint(path: Path) -> dict:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         if not {"args", "classes", "mean", "std", "ema"} <= state.keys():
-            raise ValueError("of another program")
+            raise ValueError("another program's")
     except Exception as error:  # a damaged file can make the readers raise anything
         raise UserError(f"{path} is not a complete checkpoint written by train.py") from error
     return state
 
 
+def save(run: Run) -> None:
+    """last.pt after every epoch; best.pt if the held-out images say so; at the end the weights."""
+    state = run.state()
+    write_atomically(run.folder / "last.pt", lambda path: torch.save(state, path))
+    metric = "val_ema_top1" if run.ema else "val_top1"
+    scores = [row.get(metric, -1.0) for row in run.history]
+    if run.data.val and scores[-1] > max(scores[:-1], default=-1.0):
+        write_atomically(run.folder / "best.pt", lambda path: torch.save(state, path))
+    if len(run.history) == run.args.epochs:
+        tensors = {k: v.cpu().contiguous() for k, v in (state["ema"] or state["model"]).items()}
+        header = {k: json.dumps(state[k]) for k in ("args", "classes", "mean", "std")}
+        write_atomically(run.folder / "weights.safetensors",
+                         lambda path: save_file(tensors, path, header))
+
+
 def describe(run: Run, steps: int) -> None:
-    """What is about to happen, before it does."""
-    args, data = run.args, run.data
+    """Say what is about to happen, and note it in the run folder."""
+    args, data, device = run.args, run.data, run.data.mean.device
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "torchvision": torchvision.__version__}
+    text = json.dumps({"argv": sys.argv, "args": vars(args), "versions": versions}, indent=2)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "args.json").write_text(text + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to --output {run.folder} ({error.strerror})") from error
     with torch.device("meta"):
-        twin = build_model(args, len(data.classes))
-    device = data.mean.device
+        macs = count_macs(build_model(args, len(data.classes)), args.img_size)
+    size = sum(p.numel() for p in run.model.parameters())
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     held_out = f" + {len(data.val):,} held-out" if data.val else ""
-    print(f"model   ConvNeXt-{args.variant}, patch size {args.patch_size}: "
-          f"{sum(p.numel() for p in twin.parameters()):,} parameters, "
-          f"{count_macs(twin, args.img_size) / 1e9:.3f} GMACs at {args.img_size}x{args.img_size}\n"
+    print(f"model   ConvNeXt-{args.variant}, patch size {args.patch_size}: {size:,} parameters, "
+          f"{macs / 1e9:.3f} GMACs at {args.img_size}x{args.img_size}\n"
           f"data    {args.dataset}: {len(data.train):,} training{held_out} + {len(data.test):,} "
           f"test images, {len(data.classes)} classes ({', '.join(data.classes[:4])}, ...)\n"
-          f"device  {device.type} ({name}), {str(run.precision)[6:]}"
-          f"{', compiled' if args.compile else ''}, torch {torch.__version__}\n"
+          f"device  {device.type} ({name}), {str(run.precision)[6:]}, torch {torch.__version__}"
+          f"{', compiled' if args.compile else ''}\n"
           f"steps   {args.epochs} epochs x {steps} of {args.batch_size} images, lr {args.lr:g}, "
           f"weight decay {args.weight_decay:g}, seed {args.seed}\n"
-          f"run     {args.output}", flush=True)
+          f"run     {run.folder}", flush=True)
 
 
 def log(run: Run, writer: SummaryWriter, seconds_left: float) -> None:
-    """The newest row of the history: to the screen, metrics.csv and TensorBoard."""
-    row = run.history[-1]
-
-    def write_csv(path: Path) -> None:  # whole, so that it has each epoch once after a resume
-        with open(path, "w", newline="") as file:
-            table = csv.DictWriter(file, max(run.history, key=len).keys(), restval="")
-            table.writeheader()
-            table.writerows(run.history)
-
-    write_atomically(run.folder / "metrics.csv", write_csv)
-    for name in row:
-        writer.add_scalar(name, row[name], row["epoch"])
+    """The newest row of the history: to metrics.csv, TensorBoard and the screen."""
+    row, columns = run.history[-1], list(max(run.history, key=len))
+    lines = [columns] + [[past.get(name, "") for name in columns] for past in run.history]
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    # Whole each time: a resumed run has every epoch just once.
+    write_atomically(run.folder / "metrics.csv", lambda path: path.write_text(text))
+    for name, value in row.items():
+        writer.add_scalar(name, value, row["epoch"])
     writer.flush()
-    split = "val" if run.data.val else "test"
-    results = "".join(
-        f"  {title} {row[key]:{form}}" for title, key, form in (
-            (f"{split} loss", f"{split}_loss", ".3f"), ("top-1", f"{split}_top1", "6.2f"),
-            ("EMA", f"{split}_ema_top1", "6.2f")) if key in row)
+    split, results = "val" if run.data.val else "test", ""
+    if f"{split}_loss" in row:
+        results = f"  {split} loss {row[f'{split}_loss']:.3f}  top-1 {row[f'{split}_top1']:5.2f} %"
+    if f"{split}_ema_top1" in row:
+        results += f"  EMA {row[f'{split}_ema_top1']:5.2f} %"
     minutes, seconds = divmod(round(seconds_left), 60)
     tqdm.write(f"epoch {row['epoch']:3}/{run.args.epochs}  lr {row['lr']:.1e}  train loss "
                f"{row['train_loss']:.3f}{results}  {row['images_per_s']:5.0f} img/s  "
@@ -816,18 +772,17 @@ def log(run: Run, writer: SummaryWriter, seconds_left: float) -> None:
     sys.stdout.flush()
 
 
-# --- 7. Training -----------------------------------------------------------------------------------
+# --- 7. Training --------------------------------------------------------------------------------
 
 
 def train(run: Run) -> None:
     args, data, model, optimizer, scaler = (
         run.args, run.data, run.model, run.optimizer, run.scaler)
-    device = data.mean.device
+    device, done = data.mean.device, len(run.history)
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     steps = len(batches(data.train, args.batch_size, 0, train=True))  # an epoch's
     total, warmup = steps * args.epochs, round(steps * args.warmup_epochs)
     describe(run, steps)
-    done = len(run.history)
     writer = SummaryWriter(run.folder, purge_step=done + 1)
     progress = tqdm(total=total, initial=done * steps, unit="step", disable=None)
     started = time.perf_counter()
@@ -839,8 +794,8 @@ def train(run: Run) -> None:
         model.train()
         loader = batches(data.train, args.batch_size, args.workers, train=True)
         for step, (images, labels) in enumerate(loader, epoch * steps):
-            images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
-            x, y = augment(args, data, images, labels, mix)
+            x, y = augment(args, data, images.to(device, non_blocking=True),
+                           labels.to(device, non_blocking=True), mix)
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, total, warmup, args.lr, args.min_lr)
 
@@ -862,11 +817,10 @@ def train(run: Run) -> None:
             # --------------------------------------------------------------------------------------
             progress.update()
 
-        loss = epoch_loss.item() / steps
+        loss, seconds = epoch_loss.item() / steps, time.perf_counter() - began
         if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss} in epoch {epoch + 1}; try a lower --lr, "
-                            f"--clip-grad 1 or --amp off")
-        seconds = time.perf_counter() - began
+            raise UserError(f"the loss became {loss} in epoch {epoch + 1}: try a lower --lr, "
+                            "--clip-grad 1 or --amp off")
         row = {"epoch": epoch + 1, "step": (epoch + 1) * steps, "train_loss": loss,
                "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
                "images_per_s": steps * min(args.batch_size, len(data.train)) / seconds}
@@ -880,47 +834,43 @@ def train(run: Run) -> None:
     writer.close()
 
 
-def report(checkpoint: dict, images: Dataset, args: argparse.Namespace, name: str) -> None:
-    """Print the accuracy of a checkpoint's weights, and of their average."""
-    device = pick_device(args.device)
-    mean, std = (torch.tensor(checkpoint[key], device=device) for key in ("mean", "std"))
-    model = build_model(args, len(checkpoint["classes"])).to(device)
-    for weights in ("model", "ema"):
-        if checkpoint.get(weights):
-            model.load_state_dict(checkpoint[weights])
-            result = evaluate(model, images, mean, std, args.workers,
-                              pick_precision(args.amp, device))
-            print(f"{name} ({'last step' if weights == 'model' else 'EMA'}): test loss "
-                  f"{result['loss']:.4f}  top-1 {result['top1']:.2f} %  "
-                  f"top-5 {result['top5']:.2f} %  of {len(images):,} images")
+def report(path: Path, args: argparse.Namespace, test: Dataset | None = None) -> None:
+    """Print the test accuracy of a checkpoint's weights, and of their average."""
+    state, device = read_checkpoint(path), pick_device(args.device)
+    test = test or load_split(args, train=False, classes=state["classes"])
+    if test.classes != state["classes"]:
+        raise UserError(f"{path} was trained on other classes than --dataset {args.dataset} has")
+    mean, std = (torch.tensor(state[name], device=device) for name in ("mean", "std"))
+    model = build_model(args, len(test.classes)).to(device, memory_format=torch.channels_last)
+    for title, key in (("last step", "model"), ("EMA", "ema")):
+        if state.get(key):
+            model.load_state_dict(state[key])
+            result = evaluate(
+                model, test, mean, std, args.workers, pick_precision(args.amp, device))
+            print(f"{path} ({title}): test loss {result['loss']:.4f}  top-1 "
+                  f"{result['top1']:.2f} %  top-5 {result['top5']:.2f} %  of {len(test):,} images")
 
 
 def main(argv: list[str]) -> int:
     args, checkpoint = parse_args(argv)
     if args.eval_only:
-        test = load_split(args, train=False, classes=checkpoint["classes"])
-        if test.classes != checkpoint["classes"]:
-            raise UserError(f"{args.eval_only} knows other classes than --dataset {args.dataset}")
-        report(checkpoint, test, args, args.eval_only)
+        report(Path(args.eval_only), args)
         return 0
     run = set_up(args, checkpoint)
-    last = run.folder / "last.pt"
+    last, best = run.folder / "last.pt", run.folder / "best.pt"
     try:
         train(run)
     except KeyboardInterrupt:
         print(f"\nstopped; to go on: python train.py --resume {last}" if last.exists() else
-              "\nstopped before the end of the first epoch; nothing to resume", file=sys.stderr)
+              "\nstopped in the first epoch: there is nothing to resume yet", file=sys.stderr)
         return 130
-    export_weights(run)
-    for path in (last, run.folder / "best.pt"):
-        if path.exists():
-            report(read_checkpoint(path), run.data.test, args, path.name)
+    for path in (last, best) if run.data.val else (last,):
+        report(path, args, run.data.test)
     return 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        # From a worker process the text is a traceback that ends in our line
+    except UserError as error:  # from a worker process it is a traceback whose last line is ours
         sys.exit("train.py: error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1])
