@@ -150,6 +150,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
             parser.error("a resumed run keeps its arguments: leave out " + ", ".join(
                 f"--{k.replace('_', '-')} (was {saved[k]})" for k in changed))
     if args.resume:
+        if "optimizer" not in checkpoint:
+            parser.error("argument --resume: takes last.pt; the weights alone cannot go on")
         args.output = str(Path(args.resume).parent)
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 20
@@ -329,13 +331,18 @@ def ignore_ctrl_c(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def as_is(batch: Any) -> Any:
+    """Instead of collating: `__getitems__` has made a batch already. (Workers can't have lambdas.)"""
+    return batch
+
+
 def batches(data: Dataset, batch_size: int, workers: int, *, train: bool = False) -> DataLoader:
     """Batches in order, or for training shuffled and without a last incomplete one."""
     on_disk = not isinstance(data.dataset if isinstance(data, Subset) else data, InMemory)
     return DataLoader(
         data, batch_size, shuffle=train, drop_last=train and len(data) > batch_size,
         num_workers=workers if on_disk else 0, worker_init_fn=ignore_ctrl_c,
-        pin_memory=torch.cuda.is_available(), collate_fn=lambda batch: batch)
+        pin_memory=torch.cuda.is_available(), collate_fn=as_is)
 
 
 def channel_statistics(data: Dataset, workers: int) -> tuple[Tensor, Tensor]:
@@ -361,12 +368,12 @@ class Data(NamedTuple):
 
 def prepare_data(args: argparse.Namespace, device: torch.device) -> Data:
     train, val = load_split(args, train=True, crop=True), None
-    classes, statistics = train.classes, channel_statistics(train, args.workers)
+    plain = train if isinstance(train, InMemory) else load_split(args, train=True)
+    classes, statistics = train.classes, channel_statistics(plain, args.workers)
     test = load_split(args, train=False, classes=classes)
     if args.val_size:
         if args.val_size >= len(train):
             raise UserError(f"--val-size must be below the {len(train):,} training images")
-        plain = train if isinstance(train, InMemory) else load_split(args, train=True)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         val = Subset(plain, order[: args.val_size])
         train = Subset(train, order[args.val_size :])
@@ -591,7 +598,7 @@ def evaluate(model: nn.Module, images: Dataset, mean: Tensor, std: Tensor, worke
     """Mean cross-entropy, and the share (%) whose class comes first, and among the first five."""
     model.eval()
     device, total = mean.device, torch.zeros(3, device=mean.device)
-    for x, labels in batches(images, 500, workers):
+    for x, labels in batches(images, 250, workers):
         x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, precision, precision != torch.float32):
             logits = model(normalize(x / 255.0, mean, std))
@@ -675,6 +682,8 @@ def set_up(args: argparse.Namespace, checkpoint: dict | None) -> Run:
         torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, fused=True),
         torch.amp.GradScaler(device.type, enabled=precision == torch.float16), history=[])
     if checkpoint:
+        if data.classes != checkpoint["classes"]:
+            raise UserError(f"{args.resume} was trained on other classes than {args.data_dir} has")
         run.load_state(checkpoint)
     if args.compile:
         model.compile()  # in place, so the names in the checkpoint stay as they are
@@ -872,5 +881,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:  # from a worker process it is a traceback whose last line is ours
         sys.exit("train.py: error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1])
