@@ -2,15 +2,16 @@
 
 "A ConvNet for the 2020s" (Liu et al., 2022, https://arxiv.org/abs/2201.03545) starts from a
 ResNet-50 and changes one thing after another until a plain convolutional network matches a Swin
-Transformer. Section 2 of the paper tells of the changes; this file builds them in that order:
+Transformer. This file builds the result from its smallest part to the whole, much as section 2 of
+the paper arrives at it:
 
     Patchify            the stem: cut the image into patches             section 2.2
-    DepthwiseConv       7x7, one filter a channel: mixes positions       2.3, 2.5
+    DepthwiseConv       7x7, one filter per channel: mixes positions     2.3, 2.5
     InvertedBottleneck  narrow, 4x wide, narrow: mixes channels          2.4, 2.6
-    LayerNorm           one mean and variance a position                 2.6
+    LayerNorm           a mean and a variance for each position          2.6
     DropPath            skip branches at random while training           appendix A.1
     LayerScale          let every branch start close to zero             appendix A.1
-    Block               the five above around a shortcut                 figure 4
+    Block               all of these but the stem, around a shortcut     figure 4
     Downsample          halve the resolution between stages              2.6
     Head                pool, normalise, classify
     ConvNeXt            four stages of blocks                            table 9
@@ -26,7 +27,7 @@ The function, its initialisation and the stochastic-depth schedule are those of 
   - `patch_size` may be 1 or 2, so that a 32x32 image does not end as a single pixel;
   - `num_classes=0` gives the pooled features, `forward_pyramid` every stage's map;
   - an image below the total stride is refused in a sentence, not in a convolution's words;
-  - LayerNorm is always PyTorch's kernel on channels-last memory, see LayerNorm2d;
+  - all LayerNorms run as PyTorch's own kernel; LayerNorm2d says what that does to the memory;
   - each idea is a module, hence `mlp.pwconv1` and `layer_scale.gamma` for `pwconv1`, `gamma`.
 
 `python convnext.py` prints each variant's size and cost beside the published ones.
@@ -52,7 +53,7 @@ class Patchify(nn.Conv2d):
     ResNet begins with overlapping 7x7 windows and a max-pool; a vision transformer cuts the image
     into patches and maps each to a vector by one shared linear layer, which is a convolution
     whose stride is its kernel size. That does as well here (section 2.2). The paper's p is 4.
-    Rows and columns that do not fill a last patch are dropped.
+    Rows and columns at the edge that do not fill a patch are dropped.
     """
 
     def __init__(self, in_channels: int, dim: int, patch_size: int = 4) -> None:
@@ -65,7 +66,7 @@ class DepthwiseConv(nn.Conv2d):
         y[c, i, j] = Σ_{u,v} W[c, u, v] · x[c, i + u - 3, j + v - 3] + bias[c]
 
     Like self-attention it mixes positions and leaves channels apart (section 2.3). So it takes
-    49·dim multiplications a position where a dense 7x7 takes 49·dim², and a large kernel becomes
+    49·dim multiplications per position where a dense 7x7 takes 49·dim², and a large kernel is
     affordable: 3x3 -> 7x7 gains 0.7 points, larger ones no more (section 2.5).
     """
 
@@ -80,7 +81,7 @@ class InvertedBottleneck(nn.Module):
 
     ResNet's bottleneck goes wide - narrow - wide; a transformer's MLP goes narrow - wide - narrow
     with one activation, and the paper adopts both habits (sections 2.4 and 2.6). Nearly all of
-    the network's parameters and multiplications are in here: 8·dim² of them a position.
+    the network's parameters and multiplications are in here: 8·dim² per position.
     """
 
     def __init__(self, dim: int, expansion: int = 4) -> None:
@@ -111,10 +112,10 @@ class LayerNorm(nn.LayerNorm):
 class LayerNorm2d(LayerNorm):
     """LayerNorm for a feature map. (b, dim, h, w) -> (b, dim, h, w)
 
-    PyTorch's kernel wants a position's channels side by side in memory, as the linear layers do.
-    It leaves its output so, and convolutions keep the order of their input. Hence, from the
-    stem's norm on, every map is laid out this way ("channels_last") whatever the caller's image
-    was, and no `rearrange` in this file copies anything.
+    PyTorch's kernel wants the channels of a position side by side in memory, as linear layers do.
+    It leaves its output like that, and convolutions keep the layout of their input. So after the
+    stem's norm every map is laid out this way ("channels_last") whatever the caller's image was,
+    and the `rearrange`s of the blocks change the view of the memory, not the memory.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init: float = 1e-6) -> None:
         super().__init__()
-        # A single axis, as norms and biases have: train.py exempts those from weight decay.
+        # One axis, like norms and biases: by that train.py knows what weight decay must not touch.
         self.gamma = nn.Parameter(torch.full((dim,), init))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ class Head(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """Four stages of blocks, each at half the resolution of the one before (table 9).
+    """Stages of blocks, four of them, each at half the resolution of the last (table 9).
 
     depths: blocks in each stage. dims: channels in each. The rest: see create_convnext.
     """
@@ -233,7 +234,7 @@ class ConvNeXt(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
-        self.total_stride = patch_size * 2 ** (len(depths) - 1)  # the stem's, then 2 a stage
+        self.total_stride = patch_size * 2 ** (len(depths) - 1)  # the stem's, then 2 per stage
         # What lowers the resolution before each stage: first the stem, then Downsamples.
         stem = nn.Sequential(Patchify(in_channels, dims[0], patch_size), LayerNorm2d(dims[0]))
         self.downsample_layers = nn.ModuleList(
@@ -312,7 +313,8 @@ def create_convnext(
     variant: a key of VARIANTS. num_classes: 0 for features. patch_size: the stem's; 1 or 2 for
     small images. drop_path: the last block's chance of a skip, in [0, 1); the paper has 0.1 for
     Tiny, 0.4 for Small, 0.5 for Base and Large (table 5). layer_scale: first γ, 0 for none.
-    head_init_scale: factor on the classifier's first weights, in fine-tuning 0.001 (table 6).
+    head_init_scale: factor on the classifier's first weights; 0.001 in fine-tuning, where a new
+    head's large gradients would spoil the pretrained features (table 6).
 
     Raises ValueError, with what is allowed, for anything else.
     """
@@ -320,7 +322,7 @@ def create_convnext(
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
     for name, value, least in (("num_classes", num_classes, 0), ("in_channels", in_channels, 1),
                                ("patch_size", patch_size, 1), ("layer_scale", layer_scale, 0)):
-        if not value >= least:  # not is for nan
+        if not value >= least:  # nan is not, either
             raise ValueError(f"{name} must be {least} or more, not {value}")
     if not 0 <= drop_path < 1:
         raise ValueError(f"drop_path must be at least 0 and below 1, not {drop_path}")
@@ -342,7 +344,8 @@ def count_macs(model: ConvNeXt, image_size: int) -> int:
     return counter.get_total_flops() // 2  # PyTorch counts the multiplication and the addition
 
 
-# Our names and timm's: {s} is the stage, 0 to 3, {b} the block in it. The first row that fits.
+# Beginnings of our parameters' names, and of timm's; {s} is the stage, 0 to 3, {b} the block in
+# it. The first row that fits a name applies.
 TIMM_NAMES = {
     "downsample_layers.0":        "stem",
     "downsample_layers.{s}":      "stages.{s}.downsample",
@@ -370,7 +373,10 @@ def _read_state_dict(path: str | PathLike) -> Mapping[str, Tensor]:
 
             return load_file(path)
         # weights_only: an ordinary pickle can run any program as it is opened
-        return torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(weights, Mapping):
+            raise TypeError("not a state dict")
+        return weights
     except (FileNotFoundError, ModuleNotFoundError):
         raise
     except Exception as error:  # a damaged file can make the readers raise anything
@@ -387,7 +393,7 @@ def load_weights(model: ConvNeXt, source: Mapping[str, Tensor] | str | PathLike)
     whose names or shapes are not the model's; the first few are named.
     """
     given = source if isinstance(source, Mapping) else _read_state_dict(source)
-    rename = _timm_name if "stem.0.weight" in given else str
+    rename = _timm_name if "stem.0.weight" in given else str  # only timm has that name
     found, problems = {}, []
     for name, parameter in model.state_dict().items():
         tensor = given.get(rename(name))
@@ -400,7 +406,8 @@ def load_weights(model: ConvNeXt, source: Mapping[str, Tensor] | str | PathLike)
             problems.append(f"{rename(name)} is {tuple(tensor.shape)}, here "
                             f"{tuple(parameter.shape)}")
         found[name] = tensor
-    problems += [f"{name} is unknown" for name in given.keys() - map(rename, model.state_dict())]
+    unknown = given.keys() - map(rename, model.state_dict())
+    problems += [f"{name} is unknown" for name in sorted(map(str, unknown))]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:3])}{more}")
@@ -408,7 +415,7 @@ def load_weights(model: ConvNeXt, source: Mapping[str, Tensor] | str | PathLike)
 
 
 # GFLOPs at 224x224 as printed in the paper's table 1 and, for the four small ones, in ConvNeXt
-# V2's (https://arxiv.org/abs/2301.00808), whose one additional layer counts as none.
+# V2's (https://arxiv.org/abs/2301.00808): its extra layer has no multiply-accumulates to count.
 PUBLISHED_GFLOPS = dict(zip(VARIANTS, (0.55, 0.78, 1.37, 2.45, 4.5, 8.7, 15.4, 34.4, 60.9)))
 
 

@@ -258,7 +258,8 @@ def test_weight_files(tmp_path, monkeypatch):
     before = model(x)
     Path("cut.pth").write_bytes(Path("timm.pth").read_bytes()[:5000])
     torch.save({"stem.0.weight": Malicious()}, "evil.pth")
-    for path in ("cut.pth", "evil.pth"):
+    torch.save([torch.zeros(1)], "list.pth")
+    for path in ("cut.pth", "evil.pth", "list.pth"):
         with pytest.raises(ValueError, match=f"{path} is not a readable file of tensors"):
             load_weights(model, path)
     assert not Path("executed").exists()
@@ -488,7 +489,8 @@ def test_a_run_leaves_what_is_promised(tmp_path, small_data, capsys):
     out = tmp_path / "a run"
     assert train.main([*QUICK, "--epochs", "2", "--output", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "3,384,930 parameters" in text or "parameters" in text
+    size = sum(p.numel() for p in meta("atto", num_classes=10, patch_size=4).parameters())
+    assert f"patch size 4: {size:,} parameters, 0.011 GMACs at 32x32" in text
     rows = read_csv(out / "metrics.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {"args.json", "last.pt", "weights.safetensors"} <= {p.name for p in out.iterdir()}
@@ -501,12 +503,18 @@ def test_a_run_leaves_what_is_promised(tmp_path, small_data, capsys):
     x = train.normalize(
         data.images / 255, torch.tensor(saved["mean"]), torch.tensor(saved["std"]))
     top1 = 100 * (model(x).argmax(1) == data.labels).float().mean().item()
-    assert top1 == pytest.approx(float(rows[-1]["test_ema_top1"]), abs=5.1)
+    assert top1 == pytest.approx(float(rows[-1]["test_ema_top1"]), abs=5.1)  # of 20 images, bf16
     for name in ("last.pt", "weights.safetensors"):
         assert train.main(["--eval-only", str(out / name)]) == 0
         assert f"top-1 {float(rows[-1]['test_ema_top1']):.2f} %" in capsys.readouterr().out
     with pytest.raises(train.UserError, match="holds a run already"):
         train.main([*QUICK, "--epochs", "2", "--output", str(out)])
+    for argv, message in ((["--resume", str(out / "weights.safetensors")], "takes last.pt"),
+                          (["--eval-only", str(out / "last.pt"), "--variant", "tiny"],
+                           "leave out --variant (was atto)")):
+        with pytest.raises(SystemExit):
+            train.main(argv)
+        assert message in capsys.readouterr().err
 
 
 def test_held_out_images_are_not_trained_on(small_data):

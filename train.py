@@ -77,24 +77,31 @@ BELOW_1 = number(float, "at least 0 and below 1", lambda v: 0 <= v < 1)
 LEVEL = number(float, "from 0 to 10", lambda v: 0 <= v <= 10)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="python train.py [--option value ...]; --help lists the options",
         description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False)  # a mistyped --mix must not pass for --mixup
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=("cifar10", "folder", "synthetic"), default="cifar10", help="its kind")
+    add("--dataset", choices=("cifar10", "folder", "synthetic"), default="cifar10",
+        help="what to train on")
     add("--data-dir", default="data", metavar="DIR",
         help="CIFAR-10's place; for folder: has train/ and val/ or test/, with a folder a class")
     add("--img-size", type=COUNT, default=32, metavar="N",
-        help="to 64: kept in memory, padded and cropped; above: RandomResizedCrop")
+        help="side; up to 64 images are kept in memory, above they are read as needed")
     add("--val-size", type=COUNT_OR_0, default=0, metavar="N",
         help="hold out N training images, and let them choose best.pt")
     add("--workers", "-j", type=COUNT_OR_0, default=min(8, os.cpu_count() or 1), metavar="N",
         help="processes that read images")
     add = parser.add_argument_group("model").add_argument
     add("--variant", "--model", choices=VARIANTS, default="tiny", help="size")
+    # 2 and 0.1 where the paper has 4 and 1e-6: both learn faster here, README.md has the tables
     add("--patch-size", type=int, choices=(1, 2, 4), default=2, help="stride of the stem")
     add("--drop-path", type=BELOW_1, default=0.1, help="stochastic depth, at the last block")
     add("--layer-scale", type=NOT_NEGATIVE, default=0.1, help="initial value; 0: none")
@@ -102,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--crop-padding", type=COUNT_OR_0, default=4, help="pixels, of images up to 64x64")
     add("--crop-scale", type=CHANCE, default=0.08, help="least area, of larger images")
     add("--flip", type=CHANCE, default=0.5, help="chance of a mirror image")
-    add("--rand-augment", type=LEVEL, default=9, help="level, of 10")
+    add("--rand-augment", type=LEVEL, default=9, help="strength, up to 10")
     add("--random-erase", type=CHANCE, default=0.25, help="chance of an erased rectangle")
     add("--mixup", type=NOT_NEGATIVE, default=0.8, help="alpha")
     add("--cutmix", type=NOT_NEGATIVE, default=1.0, help="alpha")
@@ -144,15 +151,15 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
         saved = {k: v for k, v in checkpoint["args"].items() if k not in ("resume", "eval_only")}
         parser.set_defaults(**saved)  # the command line still overrides them ...
         args = parser.parse_args(argv)
-        free = ("output", "data_dir", "device", "workers")
-        changed = [k for k in saved if k not in free and getattr(args, k) != saved[k]]
-        if args.resume and changed:  # ... but may not make one run out of two
-            parser.error("a resumed run keeps its arguments: leave out " + ", ".join(
+        free = {"data_dir", "device", "workers"}  # ... where that leaves it the same run
+        if args.eval_only:
+            free |= {"dataset", "img_size", "amp"}
+        elif "optimizer" not in checkpoint:
+            parser.error("argument --resume: takes last.pt, not weights alone")
+        if changed := [k for k in saved if k not in free and getattr(args, k) != saved[k]]:
+            parser.error(f"{path} keeps its arguments: leave out " + ", ".join(
                 f"--{k.replace('_', '-')} (was {saved[k]})" for k in changed))
-    if args.resume:
-        if "optimizer" not in checkpoint:
-            parser.error("argument --resume: takes last.pt; the weights alone cannot go on")
-        args.output = str(Path(args.resume).parent)
+        args.output = str(Path(path).parent)
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 20
     if args.mix_off_epochs is None:
@@ -160,6 +167,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
     stride = 8 * args.patch_size  # of the whole network
     for name, ok, allowed in (
         ("--warmup-epochs", args.warmup_epochs < args.epochs, f"below --epochs, {args.epochs}"),
+        ("--min-lr", args.min_lr <= args.lr, f"up to --lr, {args.lr}"),
         ("--accumulate", args.accumulate <= args.batch_size, f"up to {args.batch_size}, a batch"),
         ("--img-size", args.img_size >= stride, f"{stride} or more at this --patch-size"),
         ("--crop-padding", args.crop_padding < args.img_size, f"below {args.img_size}, the image"),
@@ -194,8 +202,8 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
 
 
 # --- 2. Data ------------------------------------------------------------------------------------
-# A data set has `classes`, and `__getitems__`, which PyTorch's DataLoader calls once a batch:
-# numbers of images -> bytes (b, 3, h, w) and labels (b,).
+# A data set has `classes`, and `__getitems__`, which the DataLoader calls once for a whole batch
+# where there is one: indices -> images (b, 3, h, w) in bytes and labels (b,), collated already.
 
 
 class InMemory(Dataset):
@@ -243,7 +251,7 @@ class Folder(torchvision.datasets.ImageFolder):
         for path, _ in (self.samples[i] for i in indices):
             try:
                 images.append(self.transform(self.loader(path)))  # the loader converts to RGB
-            except (OSError, ValueError) as error:
+            except Exception as error:  # Pillow has many
                 raise UserError(f"cannot read the image {path} ({error})") from error
         return torch.stack(images), torch.tensor([self.targets[i] for i in indices])
 
@@ -332,7 +340,7 @@ def ignore_ctrl_c(_worker: int) -> None:
 
 
 def as_is(batch: Any) -> Any:
-    """Instead of collating: `__getitems__` has made a batch already. (Workers can't have lambdas.)"""
+    """For collate_fn: `__getitems__` has collated. (A lambda could not be sent to the workers.)"""
     return batch
 
 
@@ -346,7 +354,7 @@ def batches(data: Dataset, batch_size: int, workers: int, *, train: bool = False
 
 
 def channel_statistics(data: Dataset, workers: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (3,) of the channels, from 0 to 1; of 2,000 files if on disk."""
+    """Mean and standard deviation (3,) of pixels from 0 to 1; on disk, of 2,000 images or so."""
     if not isinstance(data, InMemory):
         data = Subset(data, range(0, len(data), max(1, len(data) // 2000)))
     sums = [torch.cat([reduce(x / 255.0, "b c h w -> c", "mean"),
@@ -382,8 +390,8 @@ def prepare_data(args: argparse.Namespace, device: torch.device) -> Data:
 
 # --- 3. Augmentation ----------------------------------------------------------------------------
 # All on whole batches, on the training device, and yet with draws of its own for every sample.
-# (torchvision's transforms, given a batch, draw once for all of it.) The small draws come from
-# the CPU's generator, so that a GPU never has to wait to be told which samples are meant.
+# (torchvision's transforms, given a batch, draw once for all of it.) The draws are made on the
+# CPU: it selects samples by them, and would have to wait for a GPU's.
 
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
@@ -401,8 +409,8 @@ def crop_and_flip(x: Tensor, padding: int, flip: float) -> Tensor:
 
     def source(size: int) -> Tensor:  # (b, size): the row or column each pixel comes from
         start = torch.randint(-padding, padding + 1, (b, 1))
-        index = (start + torch.arange(size)).abs()  # -1 -> 1
-        return size - 1 - (size - 1 - index).abs()  # size -> size - 2
+        index = (start + torch.arange(size)).abs()  # reflected at 0: -1 becomes 1
+        return size - 1 - (size - 1 - index).abs()  # and at size - 1: size becomes size - 2
 
     rows, columns = source(h), source(w)
     columns = torch.where(torch.rand(b, 1) < flip, columns.flip(1), columns)
@@ -442,8 +450,9 @@ def keep_bits(x: Tensor, bits: Tensor) -> Tensor:
     return ((x * 255).round() / step).floor() * step / 255
 
 
-# The operations behind the paper's "RandAugment (9, 0.5)", with timm's ranges. x: (b, 3, h, w)
-# from 0 to 1. m: (b, 1, 1, 1), the strength from -1 to 1; its sign, a coin toss, may not matter.
+# What the paper's "RandAugment (9, 0.5)" chooses from, with timm's ranges: at full strength 30
+# degrees, 45 % of the side, a colour factor of 1 ± 0.9, and so on. x: (b, 3, h, w) from 0 to 1.
+# m: (b, 1, 1, 1), the strength from -1 to 1; where there is only one direction its sign is ignored.
 RAND_AUGMENT_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "auto_contrast": lambda x, m: TF.autocontrast(x),
     "equalize": lambda x, m: TF.equalize(x),
@@ -469,8 +478,8 @@ def rand_augment(x: Tensor, level: float) -> Tensor:
     """RandAugment (Cubuk et al., 2019) as the paper means it: timm's rand-m9-mstd0.5-inc1.
 
     Twice, each sample draws one of the fifteen operations and applies it with probability 1/2,
-    at a strength of about level / 10 of its largest. (torchvision's RandAugment of magnitude 9 is
-    another thing: its scale ends at 30, and it always applies.) x: (b, 3, h, w) from 0 to 1.
+    at a strength of N(level, 0.5) tenths of its largest. (torchvision's RandAugment of magnitude
+    9 is another thing: of 30, and always applied.) x: (b, 3, h, w) from 0 to 1.
     """
     for _ in range(2):
         choice = torch.randint(len(RAND_AUGMENT_OPS), (len(x),))
@@ -578,10 +587,10 @@ def lr_at(step: int, total: int, warmup: int, peak: float, floor: float) -> floa
 
 
 def make_ema(model: nn.Module, horizon: float, total: int) -> AveragedModel | None:
-    """An exponential moving average of the weights: ema += (weights - ema) / steps.
+    """An exponential moving average of the weights: ema += (weights - ema) / (horizon · total).
 
-    Its memory is a share of the run. The usual decay of 0.9999 looks back 10,000 steps, which
-    may be longer than a run on CIFAR-10 takes: the average would end on its way.
+    The horizon, how far back it looks, is a share of the run. The usual decay of 0.9999 looks
+    back 10,000 steps: in a run of 20,000 the average would still hold much of its beginning.
     """
     if not horizon:
         return None
@@ -614,7 +623,7 @@ def evaluate(model: nn.Module, images: Dataset, mean: Tensor, std: Tensor, worke
 
 @dataclass
 class Run:
-    """All that training changes, and all that it needs to go on."""
+    """All that a run consists of; `state` is the part that cannot be made anew."""
 
     args: argparse.Namespace
     data: Data
@@ -623,6 +632,7 @@ class Run:
     ema: AveragedModel | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    steps: int  # in an epoch
     history: list[dict]  # a row for each epoch; metrics.csv
 
     @property
@@ -651,7 +661,8 @@ class Run:
     def load_state(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # a run in float16
+            self.scaler.load_state_dict(state["scaler"])
         self.history = state["history"]
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
@@ -671,19 +682,21 @@ def set_up(args: argparse.Namespace, checkpoint: dict | None) -> Run:
     if (Path(args.output) / "last.pt").exists() and not checkpoint:
         raise UserError(f"{args.output} holds a run already: --resume {args.output}/last.pt, or "
                         "give another --output")
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32, on GPUs that have it
+    torch.backends.cudnn.benchmark = True  # all batches have one size: find its fastest kernels
     data = prepare_data(args, device)
     torch.manual_seed(args.seed)
     model = build_model(args, len(data.classes)).to(device, memory_format=torch.channels_last)
-    total = args.epochs * len(batches(data.train, args.batch_size, 0, train=True))
+    steps = len(batches(data.train, args.batch_size, 0, train=True))
     run = Run(
-        args, data, precision, model, make_ema(model, args.ema_horizon, total),
+        args, data, precision, model, make_ema(model, args.ema_horizon, steps * args.epochs),
         torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, fused=True),
-        torch.amp.GradScaler(device.type, enabled=precision == torch.float16), history=[])
+        # float16 alone has too small a range for gradients: they are scaled up, and back down
+        torch.amp.GradScaler(device.type, enabled=precision == torch.float16), steps, history=[])
     if checkpoint:
-        if data.classes != checkpoint["classes"]:
-            raise UserError(f"{args.resume} was trained on other classes than {args.data_dir} has")
+        trained = checkpoint["history"][-1]["step"], checkpoint["classes"]
+        if trained != (steps * len(checkpoint["history"]), data.classes):
+            raise UserError(f"{args.resume} was trained on other images than these")
         run.load_state(checkpoint)
     if args.compile:
         model.compile()  # in place, so the names in the checkpoint stay as they are
@@ -707,10 +720,10 @@ def read_checkpoint(path: Path) -> dict:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 state = {key: json.loads(text) for key, text in file.metadata().items()}
-                state["ema"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                state["weights"] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"args", "classes", "mean", "std", "ema"} <= state.keys():
+        if not {"args", "classes", "mean", "std"} <= state.keys():
             raise ValueError("another program's")
     except Exception as error:  # a damaged file can make the readers raise anything
         raise UserError(f"{path} is not a complete checkpoint written by train.py") from error
@@ -718,9 +731,11 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def save(run: Run) -> None:
-    """last.pt after every epoch; best.pt if the held-out images say so; at the end the weights."""
+    """best.pt if the held-out images say so, at the end weights.safetensors, and last.pt.
+
+    In this order: a run that is killed between two of them repeats the epoch, and all three.
+    """
     state = run.state()
-    write_atomically(run.folder / "last.pt", lambda path: torch.save(state, path))
     metric = "val_ema_top1" if run.ema else "val_top1"
     scores = [row.get(metric, -1.0) for row in run.history]
     if run.data.val and scores[-1] > max(scores[:-1], default=-1.0):
@@ -730,9 +745,10 @@ def save(run: Run) -> None:
         header = {k: json.dumps(state[k]) for k in ("args", "classes", "mean", "std")}
         write_atomically(run.folder / "weights.safetensors",
                          lambda path: save_file(tensors, path, header))
+    write_atomically(run.folder / "last.pt", lambda path: torch.save(state, path))
 
 
-def describe(run: Run, steps: int) -> None:
+def describe(run: Run) -> None:
     """Say what is about to happen, and note it in the run folder."""
     args, data, device = run.args, run.data, run.data.mean.device
     versions = {"python": platform.python_version(), "torch": torch.__version__,
@@ -746,7 +762,7 @@ def describe(run: Run, steps: int) -> None:
     with torch.device("meta"):
         macs = count_macs(build_model(args, len(data.classes)), args.img_size)
     size = sum(p.numel() for p in run.model.parameters())
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     held_out = f" + {len(data.val):,} held-out" if data.val else ""
     print(f"model   ConvNeXt-{args.variant}, patch size {args.patch_size}: {size:,} parameters, "
           f"{macs / 1e9:.3f} GMACs at {args.img_size}x{args.img_size}\n"
@@ -754,8 +770,8 @@ def describe(run: Run, steps: int) -> None:
           f"test images, {len(data.classes)} classes ({', '.join(data.classes[:4])}, ...)\n"
           f"device  {device.type} ({name}), {str(run.precision)[6:]}, torch {torch.__version__}"
           f"{', compiled' if args.compile else ''}\n"
-          f"steps   {args.epochs} epochs x {steps} of {args.batch_size} images, lr {args.lr:g}, "
-          f"weight decay {args.weight_decay:g}, seed {args.seed}\n"
+          f"steps   {args.epochs} epochs x {run.steps} of {args.batch_size} images, "
+          f"lr {args.lr:g}, weight decay {args.weight_decay:g}, seed {args.seed}\n"
           f"run     {run.folder}", flush=True)
 
 
@@ -785,18 +801,18 @@ def log(run: Run, writer: SummaryWriter, seconds_left: float) -> None:
 
 
 def train(run: Run) -> None:
-    args, data, model, optimizer, scaler = (
-        run.args, run.data, run.model, run.optimizer, run.scaler)
+    args, data, model, optimizer, scaler, steps = (
+        run.args, run.data, run.model, run.optimizer, run.scaler, run.steps)
     device, done = data.mean.device, len(run.history)
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-    steps = len(batches(data.train, args.batch_size, 0, train=True))  # an epoch's
     total, warmup = steps * args.epochs, round(steps * args.warmup_epochs)
-    describe(run, steps)
+    describe(run)
     writer = SummaryWriter(run.folder, purge_step=done + 1)
     progress = tqdm(total=total, initial=done * steps, unit="step", disable=None)
     started = time.perf_counter()
     for epoch in range(done, args.epochs):
         # All that is random in an epoch follows from its number: a resumed run draws the same.
+        # (A large factor, so that epoch 2 of seed 0 is not epoch 1 of another seed.)
         torch.manual_seed(args.seed + 1_000_003 * (epoch + 1))
         began, epoch_loss = time.perf_counter(), torch.zeros((), device=device)
         mix = epoch < args.epochs - args.mix_off_epochs
@@ -851,7 +867,7 @@ def report(path: Path, args: argparse.Namespace, test: Dataset | None = None) ->
         raise UserError(f"{path} was trained on other classes than --dataset {args.dataset} has")
     mean, std = (torch.tensor(state[name], device=device) for name in ("mean", "std"))
     model = build_model(args, len(test.classes)).to(device, memory_format=torch.channels_last)
-    for title, key in (("last step", "model"), ("EMA", "ema")):
+    for title, key in (("raw", "model"), ("EMA", "ema"), ("as exported", "weights")):
         if state.get(key):
             model.load_state_dict(state[key])
             result = evaluate(
@@ -883,5 +899,6 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
-    except UserError as error:  # from a worker process it is a traceback whose last line is ours
+    except UserError as error:
+        # Raised in a DataLoader's worker, its text is the worker's traceback; our line is the last.
         sys.exit("train.py: error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1])
