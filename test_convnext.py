@@ -577,9 +577,10 @@ def test_cifar10_without_a_network(monkeypatch):
     ("--vairant tiny", "unrecognized arguments: --vairant"),
     ("--mix 0.5", "unrecognized arguments: --mix"),
     ("--variant teeny", "invalid choice: 'teeny'"),
-    ("--lr 0", "--lr: must be above 0"), ("--lr nan", "--lr: must be above 0"),
-    ("--epochs 0", "--epochs: must be a whole number from 1 up"),
-    ("--drop_path 1", "--drop-path: must be at least 0 and below 1"),
+    ("--lr 0", "--lr: must be a number in (0, inf)"), ("--lr nan", "--lr: must be a number in"),
+    ("--lr inf", "not 'inf'"), ("--epochs 0", "--epochs: must be a whole number in [1, inf)"),
+    ("--epochs 1.5", "not '1.5'"), ("--drop_path 1", "--drop-path: must be a number in [0, 1)"),
+    ("--random-erase 1.1", "must be a number in [0, 1], not '1.1'"),
     ("--warmup-epochs 3 --epochs 3", "--warmup-epochs: must be below --epochs, 3"),
     ("--img-size 8", "--img-size: must be 16 or more at this --patch-size"),
     ("--accumulate 9 -b 8", "--accumulate: must be up to 8, a batch")])

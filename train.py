@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,26 +56,25 @@ class UserError(Exception):
 # --- 1. Arguments -------------------------------------------------------------------------------
 
 
-def number(kind: type, allowed: str, ok: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """A type for argparse that takes only finite numbers for which `ok` holds."""
+def number(kind: type, interval: str) -> Callable[[str], Any]:
+    """A type for argparse: a number in the interval, for example "[0, 1)", which excludes 1."""
+    low, high = map(float, interval[1:-1].split(","))
+
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and ok(value)):
-            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text!r}")
+            value = math.nan  # not in any interval
+        inside = (low <= value if interval[0] == "[" else low < value) and (
+            value <= high if interval[-1] == "]" else value < high)
+        if not inside:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} in {interval}, not {text!r}")
         return value
     return parse
 
 
-COUNT = number(int, "a whole number from 1 up", lambda v: v >= 1)
-COUNT_OR_0 = number(int, "a whole number from 0 up", lambda v: v >= 0)
-POSITIVE = number(float, "above 0", lambda v: v > 0)
-NOT_NEGATIVE = number(float, "0 or more", lambda v: v >= 0)
-CHANCE = number(float, "from 0 to 1", lambda v: 0 <= v <= 1)
-BELOW_1 = number(float, "at least 0 and below 1", lambda v: 0 <= v < 1)
-LEVEL = number(float, "from 0 to 10", lambda v: 0 <= v <= 10)
+whole, real = partial(number, int), partial(number, float)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -93,47 +93,51 @@ def make_parser() -> argparse.ArgumentParser:
         help="what to train on")
     add("--data-dir", default="data", metavar="DIR",
         help="CIFAR-10's place; for folder: has train/ and val/ or test/, with a folder a class")
-    add("--img-size", type=COUNT, default=32, metavar="N",
+    add("--img-size", type=whole("[1, inf)"), default=32, metavar="N",
         help="side; up to 64 images are kept in memory, above they are read as needed")
-    add("--val-size", type=COUNT_OR_0, default=0, metavar="N",
+    add("--val-size", type=whole("[0, inf)"), default=0, metavar="N",
         help="hold out N training images, and let them choose best.pt")
-    add("--workers", "-j", type=COUNT_OR_0, default=min(8, os.cpu_count() or 1), metavar="N",
-        help="processes that read images")
+    add("--workers", "-j", type=whole("[0, inf)"), default=min(8, os.cpu_count() or 1),
+        metavar="N", help="processes that read images")
     add = parser.add_argument_group("model").add_argument
     add("--variant", "--model", choices=VARIANTS, default="tiny", help="size")
     # 2 and 0.1 where the paper has 4 and 1e-6: both learn faster here, README.md has the tables
     add("--patch-size", type=int, choices=(1, 2, 4), default=2, help="stride of the stem")
-    add("--drop-path", type=BELOW_1, default=0.1, help="stochastic depth, at the last block")
-    add("--layer-scale", type=NOT_NEGATIVE, default=0.1, help="initial value; 0: none")
+    add("--drop-path", type=real("[0, 1)"), default=0.1, help="stochastic depth, at the last block")
+    add("--layer-scale", type=real("[0, inf)"), default=0.1, help="initial value; 0: none")
     add = parser.add_argument_group("augmentation (0 turns a part off)").add_argument
-    add("--crop-padding", type=COUNT_OR_0, default=4, help="pixels, of images up to 64x64")
-    add("--crop-scale", type=CHANCE, default=0.08, help="least area, of larger images")
-    add("--flip", type=CHANCE, default=0.5, help="chance of a mirror image")
-    add("--rand-augment", type=LEVEL, default=9, help="strength, up to 10")
-    add("--random-erase", type=CHANCE, default=0.25, help="chance of an erased rectangle")
-    add("--mixup", type=NOT_NEGATIVE, default=0.8, help="alpha")
-    add("--cutmix", type=NOT_NEGATIVE, default=1.0, help="alpha")
-    add("--mix-prob", type=CHANCE, default=1.0, help="chance that a batch is mixed")
-    add("--mix-off-epochs", type=COUNT_OR_0, metavar="N", help="unmixed at the end; default 1/10")
+    add("--crop-padding", type=whole("[0, inf)"), default=4, help="pixels, of images up to 64x64")
+    add("--crop-scale", type=real("[0, 1]"), default=0.08, help="least area, of larger images")
+    add("--flip", type=real("[0, 1]"), default=0.5, help="chance of a mirror image")
+    add("--rand-augment", type=real("[0, 10]"), default=9, help="strength, up to 10")
+    add("--random-erase", type=real("[0, 1]"), default=0.25, help="chance of an erased rectangle")
+    add("--mixup", type=real("[0, inf)"), default=0.8, help="alpha")
+    add("--cutmix", type=real("[0, inf)"), default=1.0, help="alpha")
+    add("--mix-prob", type=real("[0, 1]"), default=1.0, help="chance that a batch is mixed")
+    add("--mix-off-epochs", type=whole("[0, inf)"), metavar="N",
+        help="unmixed at the end; default 1/10")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=COUNT, default=100, help="passes over the data")
-    add("--batch-size", "-b", type=COUNT, default=128, help="images a step")
-    add("--accumulate", type=COUNT, default=1, help="parts of a batch: same step, less memory")
-    add("--lr", type=POSITIVE, default=1e-3, help="highest learning rate")
-    add("--min-lr", type=NOT_NEGATIVE, default=1e-6, help="last learning rate")
-    add("--warmup-epochs", type=NOT_NEGATIVE, metavar="N", help="default 1/20 of the run")
-    add("--weight-decay", "--wd", type=NOT_NEGATIVE, default=0.05,
+    add("--epochs", type=whole("[1, inf)"), default=100, help="passes over the data")
+    add("--batch-size", "-b", type=whole("[1, inf)"), default=128, help="images a step")
+    add("--accumulate", type=whole("[1, inf)"), default=1,
+        help="parts of a batch: the same step in less memory")
+    add("--lr", type=real("(0, inf)"), default=1e-3, help="highest learning rate")
+    add("--min-lr", type=real("[0, inf)"), default=1e-6, help="last learning rate")
+    add("--warmup-epochs", type=real("[0, inf)"), metavar="N", help="default 1/20 of the run")
+    add("--weight-decay", "--wd", type=real("[0, inf)"), default=0.05,
         help="of convolutions and linear layers")
-    add("--label-smoothing", type=BELOW_1, default=0.1, help="share of the target spread evenly")
-    add("--clip-grad", type=NOT_NEGATIVE, default=0.0, help="largest gradient norm; 0: any")
-    add("--ema-horizon", type=BELOW_1, default=0.04,
+    add("--label-smoothing", type=real("[0, 1)"), default=0.1,
+        help="share of the target spread evenly")
+    add("--clip-grad", type=real("[0, inf)"), default=0.0, help="largest gradient norm; 0: any")
+    add("--ema-horizon", type=real("[0, 1)"), default=0.04,
         help="share of the run that the average of the weights looks back over; 0: no average")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast")
     add("--compile", action="store_true", help="torch.compile the model")
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="cuda, mps, cpu")
-    add("--seed", type=COUNT_OR_0, default=0, help="of all that is random")
-    add("--eval-every", type=COUNT, default=1, metavar="N", help="epochs, and after the last")
+    add("--seed", type=whole("[0, inf)"), default=0, help="of all that is random")
+    add("--eval-every", type=whole("[1, inf)"), default=1, metavar="N",
+        help="epochs, and after the last")
     add("--output", metavar="DIR", help="run folder; default runs/<time>-<variant>")
     add("--resume", metavar="LAST.PT", help="continue this run, with its arguments")
     add("--eval-only", metavar="CHECKPOINT", help="measure last.pt, best.pt, weights.safetensors")
