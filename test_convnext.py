@@ -167,7 +167,7 @@ def test_pyramid_is_timms():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert torch.equal(model.forward_features(x), maps[-1])
     headless = create_convnext("atto", num_classes=0).eval()
-    headless.load_state_dict(model.state_dict() | {}, strict=False)
+    headless.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(headless(x), peer.forward_head(maps[-1], pre_logits=True))
 
 
@@ -323,11 +323,10 @@ def test_crop_and_flip_are_torchvisions_for_each_sample():
     padded = TF.pad(x, [2], padding_mode="reflect")
     draws = []
     for before, after in zip(padded, y):
-        matches = [(top, left, flip) for top in range(5) for left in range(5)
-                   for flip in (False, True)
-                   if torch.equal(after, (TF.horizontal_flip if flip else TF.identity)(
-                       TF.crop(before, top, left, 8, 8)) if flip else
-                       TF.crop(before, top, left, 8, 8))]
+        crops = {(top, left): TF.crop(before, top, left, 8, 8)
+                 for top in range(5) for left in range(5)}
+        matches = [(*place, flip) for place, crop in crops.items() for flip in (False, True)
+                   if torch.equal(after, TF.horizontal_flip(crop) if flip else crop)]
         assert len(matches) == 1
         draws += matches
     assert {d[0] for d in draws} == {d[1] for d in draws} == set(range(5))
@@ -533,8 +532,7 @@ def make_folder(root, classes=("b cat", "a dog"), splits=("train", "val")):
             for i, mode in enumerate(("RGB", "L", "P", "CMYK", "RGB", "RGBA")):
                 pixels = generator.integers(0, 100, (40 + 9 * i, 70 - 5 * i, 3)) + 100 * label
                 image = PIL.Image.fromarray(pixels.astype(np.uint8)).convert(mode)
-                image.save(folder / f"ünï {i}.{'jpg' if mode in ('L', 'CMYK') else 'png'}"
-                           if mode != "CMYK" else folder / f"{i}.jpg")
+                image.save(folder / f"ünï {i}.{'jpg' if mode in ('L', 'CMYK') else 'png'}")
     (root / "train" / ".hidden").mkdir(exist_ok=True)
     return root
 

@@ -209,6 +209,8 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
 # A data set has `classes`, and `__getitems__`, which the DataLoader calls once for a whole batch
 # where there is one: indices -> images (b, 3, h, w) in bytes and labels (b,), collated already.
 
+SMALL = 64  # up to this side images are kept in memory; larger ones are read as they are needed
+
 
 class InMemory(Dataset):
     """Images small enough to be decoded once and kept."""
@@ -262,7 +264,7 @@ class Folder(torchvision.datasets.ImageFolder):
 
 def load_folder(args: argparse.Namespace, train: bool, crop: bool,
                 classes: list[str] | None) -> Dataset:
-    root, size, small = Path(args.data_dir), args.img_size, args.img_size <= 64
+    root, size, small = Path(args.data_dir), args.img_size, args.img_size <= SMALL
     names = ("train",) if train else ("test", "val")
     path = next((root / name for name in names if (root / name).is_dir()), None)
     if path is None:
@@ -553,7 +555,7 @@ def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def augment(args: argparse.Namespace, data: Data, x: Tensor, labels: Tensor,
             mix: bool) -> tuple[Tensor, Tensor]:
     """Bytes (b, 3, h, w) and labels (b,) -> what the network sees, and targets (b, classes)."""
-    x = crop_and_flip(x, args.crop_padding if args.img_size <= 64 else 0, args.flip)
+    x = crop_and_flip(x, args.crop_padding if args.img_size <= SMALL else 0, args.flip)
     x = x.float() / 255
     if args.rand_augment:
         x = rand_augment(x, args.rand_augment)
@@ -670,6 +672,7 @@ class Run:
         self.history = state["history"]
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
+            # At 0 the next update would not average but copy.
             self.ema.n_averaged.fill_(self.history[-1]["step"])
 
 
