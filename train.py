@@ -23,6 +23,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import time
@@ -893,7 +894,8 @@ def main(argv: list[str]) -> int:
     try:
         train(run)
     except KeyboardInterrupt:
-        print(f"\nstopped; to go on: python train.py --resume {last}" if last.exists() else
+        print(f"\nstopped; to go on: python train.py --resume {shlex.quote(str(last))}"
+              if last.exists() else
               "\nstopped in the first epoch: there is nothing to resume yet", file=sys.stderr)
         return 130
     for path in (last, best) if run.data.val else (last,):
