@@ -332,6 +332,7 @@ def draw_shapes(count: int, size: int, seed: int) -> InMemory:
 
 def load_split(args: argparse.Namespace, train: bool, *, crop: bool = False,
                classes: list[str] | None = None) -> Dataset:
+    """The training or the test images; `crop` is for training on images too large to keep."""
     if args.dataset == "folder":
         return load_folder(args, train, crop, classes)
     if args.dataset == "synthetic":
@@ -809,6 +810,7 @@ def log(run: Run, writer: SummaryWriter, seconds_left: float) -> None:
 
 
 def train(run: Run) -> None:
+    """From the epoch after the last one in the history to the end."""
     args, data, model, optimizer, scaler, steps = (
         run.args, run.data, run.model, run.optimizer, run.scaler, run.steps)
     device, done = data.mean.device, len(run.history)
