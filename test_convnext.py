@@ -171,6 +171,89 @@ def test_pyramid_is_timms():
     torch.testing.assert_close(headless(x), peer.forward_head(maps[-1], pre_logits=True))
 
 
+@pytest.mark.parametrize("size", [(1, 2, 1, 1, 7), (2, 3, 5, 4, 7), (3, 2, 2, 9, 3)])
+def test_depthwise_gradient_is_the_derivative(size):
+    b, c, h, w, k = size
+    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True)
+              for shape in ((b, c, h, w), (c, 1, k, k), (c,))]
+    assert torch.autograd.gradcheck(convnext.DepthwiseGradient.apply, inputs)
+    assert torch.autograd.gradgradcheck(convnext.DepthwiseGradient.apply, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(3, 5, 8, 8), (64, 96, 16, 16), (2, 40, 2, 30), (9, 16, 1, 1)])
+def test_depthwise_gradient_is_pytorchs(size, dtype, monkeypatch):
+    """As near to the derivative in double precision as PyTorch's own is, in three layouts."""
+    monkeypatch.setattr(convnext, "FAST_DTYPES", (dtype,))  # on every CPU
+    conv = convnext.DepthwiseConv(size[1])
+    wide = torch.randn(*size[:3], 2 * size[3], dtype=dtype)
+    layouts = [wide[..., ::2], wide[..., ::2].contiguous(),
+               wide[..., ::2].contiguous(memory_format=torch.channels_last)]
+    direction = torch.randn(size, dtype=dtype)
+
+    def gradients(x, fast, dtype=dtype):
+        monkeypatch.setattr(convnext.DepthwiseConv, "fast_gradient", fast)
+        x = x.to(dtype, copy=True).requires_grad_()
+        y = conv.to(dtype)(x)
+        assert ("DepthwiseGradient" in y.grad_fn.name()) == fast
+        y.backward(direction.to(dtype))
+        return [g.double() for g in (x.grad, *(p.grad for p in conv.parameters()))]
+
+    for x in layouts:
+        conv.zero_grad()
+        exact = gradients(x, False, torch.double)
+        conv.zero_grad()
+        theirs = gradients(x, False)
+        conv.zero_grad()
+        for ours, their, truth in zip(gradients(x, True), theirs, exact):
+            allowed = (their - truth).norm() + torch.finfo(dtype).eps * truth.norm()
+            assert (ours - truth).norm() <= 1.5 * allowed
+
+
+def test_depthwise_gradient_with_compile_autocast_and_vmap(monkeypatch):
+    monkeypatch.setattr(convnext, "FAST_DTYPES", (torch.float32, torch.bfloat16))
+    model = randomise(create_convnext("atto", num_classes=10))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 3, 64, 64)
+
+    def gradients(network, dtype):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, dtype != torch.float32):
+            network(x).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    reference = gradients(model, torch.float32)
+    for network, dtype, tolerance in ((compiled, torch.float32, 1e-4),
+                                      (model, torch.bfloat16, 0.1), (compiled, torch.bfloat16, 0.1)):
+        for name, gradient in gradients(network, dtype).items():
+            assert gradient.dtype == torch.float32
+            error = (gradient - reference[name]).norm() / reference[name].norm()
+            assert error < tolerance, (name, error)
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(model.named_parameters()), x)
+    for name, gradient in each.items():
+        torch.testing.assert_close(gradient.sum(0), reference[name], rtol=1e-3, atol=1e-3)
+
+
+def test_patchify_is_a_strided_convolution():
+    layer = convnext.Patchify(3, 8, patch_size=4)
+    for x in (torch.randn(2, 3, 9, 15), torch.randn(2, 3, 8, 4)):
+        torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, stride=4))
+
+
+def test_fold_layer_scale_keeps_the_function():
+    model = randomise(create_convnext("atto", num_classes=10))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected = model(x)
+        folded = convnext.fold_layer_scale(model)(x)
+    assert not any(name.endswith("gamma") for name, _ in model.named_parameters())
+    torch.testing.assert_close(folded, expected, atol=1e-6, rtol=1e-5)
+
+
 def test_layer_norm_is_torchvisions_and_not_group_norm():
     x = torch.randn(2, 8, 5, 6)
     ours = convnext.LayerNorm2d(8)
@@ -434,7 +517,7 @@ def small_data(monkeypatch):
 
 def read_csv(path):
     with open(path) as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")}
+        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s", "data_share")}
                 for row in csv.DictReader(file)]
 
 

@@ -18,6 +18,7 @@ README.md lists the changes and the measurements behind them. In the order in wh
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -503,24 +504,26 @@ def rand_augment(x: Tensor, level: float) -> Tensor:
 
 
 def random_erase(x: Tensor, chance: float) -> Tensor:
-    """Fill a random rectangle of some samples with noise (Zhong et al., 2017).
+    """Fill a random rectangle of some samples with noise, in place (Zhong et al., 2017).
 
     Its area is 2 to 33 % of the image, its sides differ by up to 3.3 times. x is normalised, so
     standard normal noise is as bright as an image.
     """
-    b, _, h, w = x.shape
-    area = torch.empty(b).uniform_(0.02, 1 / 3) * h * w
-    aspect = torch.empty(b).uniform_(math.log(0.3), math.log(1 / 0.3)).exp()
+    chosen = (torch.rand(len(x)) < chance).nonzero()[:, 0]
+    n, h, w = len(chosen), *x.shape[2:]
+    index = chosen.to(x.device, non_blocking=True)
+    area = torch.empty(n).uniform_(0.02, 1 / 3) * h * w
+    aspect = torch.empty(n).uniform_(math.log(0.3), math.log(1 / 0.3)).exp()
     height = (area * aspect).sqrt().round().clamp(1, h)
     width = (area / aspect).sqrt().round().clamp(1, w)
-    height[torch.rand(b) >= chance] = 0
-    top = (torch.rand(b) * (h - height + 1)).floor()
-    left = (torch.rand(b) * (w - width + 1)).floor()
+    top = (torch.rand(n) * (h - height + 1)).floor()
+    left = (torch.rand(n) * (w - width + 1)).floor()
     top, left, height, width = (per_sample(v, x) for v in (top, left, height, width))
     row = rearrange(torch.arange(h, device=x.device), "h -> 1 1 h 1")
     column = rearrange(torch.arange(w, device=x.device), "w -> 1 1 1 w")
     erased = ((row >= top) & (row < top + height)) & ((column >= left) & (column < left + width))
-    return torch.where(erased, torch.randn_like(x), x)
+    x[index] = torch.where(erased, torch.randn_like(x[index]), x[index])
+    return x
 
 
 def mixup(x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -684,8 +687,22 @@ def build_model(args: argparse.Namespace, classes: int) -> ConvNeXt:
         layer_scale=args.layer_scale)
 
 
+def keep_freed_memory() -> None:
+    """Have glibc, Linux's C library, keep freed memory instead of returning it to the kernel.
+
+    Otherwise each step's activations go back, and the kernel hands the next step the same pages
+    anew, one by one and filled with zeros: a quarter of a step's time on a CPU.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4  # as in malloc.h
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_max, 0)
+
+
 def set_up(args: argparse.Namespace, checkpoint: dict | None) -> Run:
     device = pick_device(args.device)
+    keep_freed_memory()
     precision = pick_precision(args.amp, device)
     args.output = args.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.variant}")
     if (Path(args.output) / "last.pt").exists() and not checkpoint:
@@ -802,6 +819,7 @@ def log(run: Run, writer: SummaryWriter, seconds_left: float) -> None:
     minutes, seconds = divmod(round(seconds_left), 60)
     tqdm.write(f"epoch {row['epoch']:3}/{run.args.epochs}  lr {row['lr']:.1e}  train loss "
                f"{row['train_loss']:.3f}{results}  {row['images_per_s']:5.0f} img/s  "
+               f"data {row['data_share']:2.0%}  "
                f"{minutes}:{seconds:02} left")
     sys.stdout.flush()
 
@@ -824,13 +842,15 @@ def train(run: Run) -> None:
         # All that is random in an epoch follows from its number: a resumed run draws the same.
         # (A large factor, so that epoch 2 of seed 0 is not epoch 1 of another seed.)
         torch.manual_seed(args.seed + 1_000_003 * (epoch + 1))
-        began, epoch_loss = time.perf_counter(), torch.zeros((), device=device)
+        began, waited, epoch_loss = time.perf_counter(), 0.0, torch.zeros((), device=device)
         mix = epoch < args.epochs - args.mix_off_epochs
         model.train()
         loader = batches(data.train, args.batch_size, args.workers, train=True)
+        step_ended = began
         for step, (images, labels) in enumerate(loader, epoch * steps):
             x, y = augment(args, data, images.to(device, non_blocking=True),
                            labels.to(device, non_blocking=True), mix)
+            waited += time.perf_counter() - step_ended
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, total, warmup, args.lr, args.min_lr)
 
@@ -851,6 +871,7 @@ def train(run: Run) -> None:
                 run.ema.update_parameters(model)
             # --------------------------------------------------------------------------------------
             progress.update()
+            step_ended = time.perf_counter()
 
         loss, seconds = epoch_loss.item() / steps, time.perf_counter() - began
         if not math.isfinite(loss):
@@ -858,7 +879,8 @@ def train(run: Run) -> None:
                             "--clip-grad 1 or --amp off")
         row = {"epoch": epoch + 1, "step": (epoch + 1) * steps, "train_loss": loss,
                "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
-               "images_per_s": steps * min(args.batch_size, len(data.train)) / seconds}
+               "images_per_s": steps * min(args.batch_size, len(data.train)) / seconds,
+               "data_share": waited / seconds}  # loading and augmentation
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             row |= run.measure("val" if data.val else "test")
         run.history.append(row)
