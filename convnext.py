@@ -433,7 +433,7 @@ def fold_layer_scale(model: ConvNeXt) -> ConvNeXt:
     return model
 
 
-def count_macs(model: ConvNeXt, image_size: int) -> int:
+def count_macs(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
     """Multiply-accumulates in the convolutions and linear layers for one square image.
 
     The papers call them FLOPs. They are counted as an image runs through the model, which may be
@@ -441,7 +441,7 @@ def count_macs(model: ConvNeXt, image_size: int) -> int:
     """
     device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, model.in_channels, image_size, image_size, device=device))
+        model(torch.zeros(1, in_channels, image_size, image_size, device=device))
     return counter.get_total_flops() // 2  # PyTorch counts the multiplication and the addition
 
 
@@ -529,6 +529,122 @@ def table() -> Iterator[str]:
         parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model, 224)
         yield (f"{name:8} {depths!s:14} {dims!s:24} {parameters:11,} {macs / 1e9:7.3f} "
                f"{PUBLISHED_GFLOPS[name]:6}")
+
+
+# --- The road: how the paper gets here from a ResNet-50 (section 2, table 10) -------------------
+
+
+class Design(NamedTuple):
+    """Everything that the paper changes. The defaults are ResNet-50."""
+
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    patchify: bool = False  # the stem: 4x4 patches instead of a strided 7x7 and a max-pool
+    depthwise: bool = False  # the convolution over positions has one filter a channel
+    width: int = 64  # of the first stage; it doubles from stage to stage
+    inverted: bool = False  # blocks are narrow - wide - narrow, not wide - narrow - wide
+    depthwise_first: bool = False  # positions are mixed before the widening, not in the middle
+    kernel_size: int = 3
+    act: type[nn.Module] = nn.ReLU
+    one_act: bool = False  # a block has one activation, not three
+    one_norm: bool = False  # a block has one norm, not three
+    norm: type[nn.Module] = nn.BatchNorm2d
+    separate_downsampling: bool = False  # layers of their own halve the resolution
+
+
+class Step(NamedTuple):
+    name: str
+    change: dict  # fields of Design; a step keeps those of the steps before it
+    top1: float  # ImageNet accuracy in %, from table 10: means of three trainings of 300 epochs
+    gflops: float  # multiply-accumulates in 1e9 at 224x224, from table 10
+
+
+ROADMAP = (
+    Step("ResNet-50, new recipe", {}, 78.82, 4.09),
+    Step("stage ratio", {"depths": (3, 3, 9, 3)}, 79.36, 4.53),
+    Step("patchify stem", {"patchify": True}, 79.51, 4.42),
+    Step("depthwise conv", {"depthwise": True}, 78.28, 2.35),
+    Step("width 64 to 96", {"width": 96}, 80.50, 5.27),
+    Step("inverted bottleneck", {"inverted": True}, 80.64, 4.64),
+    Step("depthwise conv first", {"depthwise_first": True}, 79.92, 4.07),
+    Step("kernel 5x5", {"kernel_size": 5}, 80.35, 4.10),
+    Step("kernel 7x7", {"kernel_size": 7}, 80.57, 4.15),
+    Step("kernel 9x9", {"kernel_size": 9}, 80.57, 4.21),
+    Step("kernel 11x11", {"kernel_size": 11}, 80.47, 4.29),
+    Step("GELU, kernel 7x7", {"kernel_size": 7, "act": nn.GELU}, 80.62, 4.15),
+    Step("one activation", {"one_act": True}, 81.27, 4.15),
+    Step("one norm", {"one_norm": True}, 81.41, 4.15),
+    # The paper prints 4.46 and 4.49 here. But LayerNorm costs what BatchNorm does in this count
+    # (its table 11 agrees), and 4.46 is the next step's: ConvNeXt-T has 4.456e9 MACs.
+    Step("LayerNorm", {"norm": LayerNorm2d}, 81.47, 4.46),
+    Step("separate downsampling", {"separate_downsampling": True}, 81.97, 4.49),
+)
+
+
+class RoadmapBlock(nn.Module):
+    """A bottleneck on the way from ResNet's to ConvNeXt's. (b, c, h, w) -> (b, dim, h, w)"""
+
+    def __init__(self, design: Design, dim_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        d, k = design, design.kernel_size
+        middle, self.dim = (4 * width, width) if d.inverted else (width, 4 * width)
+        shapes = [(dim_in, middle, 1), (middle, middle, k), (middle, self.dim, 1)]
+        spatial = 1
+        if d.depthwise_first:
+            shapes, spatial = [(dim_in, dim_in, k), (dim_in, middle, 1), (middle, self.dim, 1)], 0
+        layers: list[nn.Module] = []
+        for i, (c_in, c_out, size) in enumerate(shapes):
+            here, normed = i == spatial, i == spatial or not d.one_norm
+            layers.append(nn.Conv2d(
+                c_in, c_out, size, stride if here else 1, size // 2,
+                groups=c_in if here and d.depthwise else 1, bias=self.needs_bias(d, normed)))
+            layers += [d.norm(c_out)] if normed else []
+            layers += [d.act()] if i == 1 or i == 0 and not d.one_act else []
+        self.branch = nn.Sequential(*layers)
+        self.shortcut = nn.Identity() if (dim_in, stride) == (self.dim, 1) else nn.Sequential(
+            nn.Conv2d(dim_in, self.dim, 1, stride, bias=self.needs_bias(d, True)),
+            d.norm(self.dim))
+        self.act = nn.Identity() if d.one_act else d.act()
+        # The paper does not say in which steps LayerScale was there; ConvNeXt has it.
+        self.layer_scale = LayerScale(self.dim) if d.separate_downsampling else nn.Identity()
+
+    @staticmethod
+    def needs_bias(design: Design, normed: bool) -> bool:
+        return not (normed and design.norm is nn.BatchNorm2d)  # which would subtract it again
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = rearrange(self.branch(x), "b c h w -> b h w c")
+        return self.act(self.shortcut(x) + rearrange(self.layer_scale(y), "b h w c -> b c h w"))
+
+
+def roadmap_network(design: Design, num_classes: int = 1000) -> nn.Sequential:
+    """Any network of the road, with PyTorch's initialisation. (b, 3, h, w) -> (b, num_classes)"""
+    d, dim = design, design.width
+    if d.patchify:  # its norm is a guess, the paper names none before the last step
+        layers: list[nn.Module] = [Patchify(3, dim), d.norm(dim)]
+    else:
+        layers = [nn.Conv2d(3, dim, 7, 2, 3, bias=False), d.norm(dim), d.act(),
+                  nn.MaxPool2d(3, 2, 1)]
+    for stage, depth in enumerate(d.depths):
+        width = d.width * 2**stage
+        if stage and d.separate_downsampling:
+            layers.append(Downsample(dim, width))
+            dim = width
+        for b in range(depth):
+            strided = stage and b == 0 and not d.separate_downsampling
+            layers.append(RoadmapBlock(d, dim, width, stride=2 if strided else 1))
+            dim = layers[-1].dim
+    head = Head(dim, num_classes)
+    if not d.separate_downsampling:
+        head.norm = nn.Identity()
+    return nn.Sequential(*layers, head)
+
+
+def roadmap() -> Iterator[tuple[Step, Design]]:
+    """Each step of the paper's road with the whole design it arrives at."""
+    design = Design()
+    for step in ROADMAP:
+        design = design._replace(**step.change)
+        yield step, design
 
 
 if __name__ == "__main__":

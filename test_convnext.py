@@ -254,6 +254,35 @@ def test_fold_layer_scale_keeps_the_function():
     torch.testing.assert_close(folded, expected, atol=1e-6, rtol=1e-5)
 
 
+def test_road_costs_what_the_paper_prints():
+    misprinted = {"LayerNorm": "4.15", "separate downsampling": "4.46"}  # see ROADMAP
+    for step, design in convnext.roadmap():
+        with torch.device("meta"):
+            macs = convnext.count_macs(convnext.roadmap_network(design), 224)
+        assert f"{macs / 1e9:.2f}" == misprinted.get(step.name, f"{step.gflops:.2f}"), step.name
+
+
+def test_road_leads_from_torchvisions_resnet_50_to_convnext_tiny():
+    (_, first), *_, (_, last) = convnext.roadmap()
+    tiny = create_convnext("tiny").eval()
+    in_order = nn.ModuleList([tiny.head])  # our modules in the order in which they run
+    for layers in reversed([*zip(tiny.downsample_layers, tiny.stages)]):
+        for layer in reversed(layers):
+            in_order.insert(0, layer)
+    for design, peer, source in ((first, torchvision.models.resnet50(), None),
+                                 (last, tiny, in_order)):
+        randomise(peer)
+        network = convnext.roadmap_network(design).eval()
+        ours, theirs = network.state_dict(), (source or peer).state_dict()
+        assert len(ours) == len(theirs)
+        network.load_state_dict({name: tensor.reshape(ours[name].shape)
+                                 for name, tensor in zip(ours, theirs.values())})
+        x = torch.randn(2, 3, 64, 96)
+        with torch.inference_mode():
+            expected = peer(x)
+            torch.testing.assert_close(network(x), expected, atol=1e-5 * expected.std(), rtol=1e-4)
+
+
 def test_layer_norm_is_torchvisions_and_not_group_norm():
     x = torch.randn(2, 8, 5, 6)
     ours = convnext.LayerNorm2d(8)
