@@ -17,6 +17,8 @@ the paper arrives at it:
     ConvNeXt            four stages of blocks                            table 9
     VARIANTS            atto to xlarge                                   section 3
     load_weights        checkpoints with timm's names, or with ours
+    DepthwiseGradient   why training is faster here than elsewhere, on a CPU
+    ROADMAP             every network between ResNet-50 and this one     table 10
 
 Every change of layout is an einops pattern, which is also its shape comment: b = batch,
 c = channels, h, w = height, width. Between the pieces a feature map is (b, c, h, w).
@@ -28,6 +30,8 @@ The function, its initialisation and the stochastic-depth schedule are those of 
   - `num_classes=0` gives the pooled features, `forward_pyramid` every stage's map;
   - an image below the total stride is refused in a sentence, not in a convolution's words;
   - all LayerNorms run as PyTorch's own kernel; LayerNorm2d says what that does to the memory;
+  - strided convolutions run as a linear layer on patches, and on a CPU the depthwise one has a
+    faster gradient: the same numbers up to rounding;
   - each idea is a module, hence `mlp.pwconv1` and `layer_scale.gamma` for `pwconv1`, `gamma`.
 
 `python convnext.py` prints each variant's size and cost beside the published ones.
@@ -348,7 +352,108 @@ def create_convnext(
         head_init_scale=head_init_scale)
 
 
-# --- Faster: the same function, sooner. Nothing below depends on this section. ------------------
+def count_macs(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
+    """Multiply-accumulates in the convolutions and linear layers for one square image.
+
+    The papers call them FLOPs. They are counted as an image runs through the model, which may be
+    on the meta device, where tensors have a shape and nothing else.
+    """
+    device = next(model.parameters()).device
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, in_channels, image_size, image_size, device=device))
+    return counter.get_total_flops() // 2  # PyTorch counts the multiplication and the addition
+
+
+# GFLOPs at 224x224 as printed in the paper's table 1 and, for the four small ones, in ConvNeXt
+# V2's (https://arxiv.org/abs/2301.00808): its extra layer has no multiply-accumulates to count.
+PUBLISHED_GFLOPS = dict(zip(VARIANTS, (0.55, 0.78, 1.37, 2.45, 4.5, 8.7, 15.4, 34.4, 60.9)))
+
+
+def table() -> Iterator[str]:
+    """A line for each variant: shape, parameters and GMACs at 224x224, counted and published."""
+    yield f"{'variant':8} {'depths':14} {'dims':24} {'parameters':>11} {'GMACs':>7} {'paper':>6}"
+    for name, (depths, dims) in VARIANTS.items():
+        with torch.device("meta"):
+            model = create_convnext(name)
+        parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model, 224)
+        yield (f"{name:8} {depths!s:14} {dims!s:24} {parameters:11,} {macs / 1e9:7.3f} "
+               f"{PUBLISHED_GFLOPS[name]:6}")
+
+
+# --- Checkpoints --------------------------------------------------------------------------------
+
+
+# Beginnings of our parameters' names, and of timm's; {s} is the stage, 0 to 3, {b} the block in
+# it. The first row that fits a name applies.
+TIMM_NAMES = {
+    "downsample_layers.0":        "stem",
+    "downsample_layers.{s}":      "stages.{s}.downsample",
+    "stages.{s}.{b}.dwconv":      "stages.{s}.blocks.{b}.conv_dw",
+    "stages.{s}.{b}.norm":        "stages.{s}.blocks.{b}.norm",
+    "stages.{s}.{b}.mlp.pwconv1": "stages.{s}.blocks.{b}.mlp.fc1",
+    "stages.{s}.{b}.mlp.pwconv2": "stages.{s}.blocks.{b}.mlp.fc2",
+    "stages.{s}.{b}.layer_scale": "stages.{s}.blocks.{b}",
+    "head":                       "head",
+}  # fmt: skip
+
+
+def _timm_name(name: str) -> str:
+    for ours, theirs in TIMM_NAMES.items():
+        pattern = re.escape(ours).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{b\}", r"(?P<b>\d+)")
+        if match := re.match(pattern + r"(?=\.)", name):
+            return theirs.format(**match.groupdict()) + name[match.end():]
+    raise KeyError(name)
+
+
+def _read_state_dict(path: str | PathLike) -> Mapping[str, Tensor]:
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        # weights_only: an ordinary pickle can run any program as it is opened
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(weights, Mapping):
+            raise TypeError("not a state dict")
+        return weights
+    except (FileNotFoundError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # a damaged file can make the readers raise anything
+        raise ValueError(f"{path} is not a readable file of tensors") from error
+
+
+def load_weights(model: ConvNeXt, source: Mapping[str, Tensor] | str | PathLike) -> None:
+    """Copy weights into the model, all of them or none.
+
+    source: a state dict with timm's parameter names or with ours, or the path of a .safetensors,
+    .pt or .pth file that holds one.
+
+    Raises FileNotFoundError for a missing file, and ValueError for one that cannot be read or
+    whose names or shapes are not the model's; the first few are named.
+    """
+    given = source if isinstance(source, Mapping) else _read_state_dict(source)
+    rename = _timm_name if "stem.0.weight" in given else str  # only timm has that name
+    found, problems = {}, []
+    for name, parameter in model.state_dict().items():
+        tensor = given.get(rename(name))
+        if not isinstance(tensor, Tensor):
+            problems.append(f"{rename(name)} is missing")
+            continue
+        if parameter.ndim == 2 and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+            tensor = rearrange(tensor, "o i 1 1 -> o i")  # timm's small variants: 1x1 convolutions
+        if tensor.shape != parameter.shape:
+            problems.append(f"{rename(name)} is {tuple(tensor.shape)}, here "
+                            f"{tuple(parameter.shape)}")
+        found[name] = tensor
+    unknown = given.keys() - map(rename, model.state_dict())
+    problems += [f"{name} is unknown" for name in sorted(map(str, unknown))]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(found)
+
+
+# --- Faster: the same function, sooner. Nothing else is to be learned here: skip it at will. ----
 
 
 class DepthwiseGradient(torch.autograd.Function):
@@ -431,104 +536,6 @@ def fold_layer_scale(model: ConvNeXt) -> ConvNeXt:
             linear.bias *= gamma
             block.layer_scale = nn.Identity()
     return model
-
-
-def count_macs(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
-    """Multiply-accumulates in the convolutions and linear layers for one square image.
-
-    The papers call them FLOPs. They are counted as an image runs through the model, which may be
-    on the meta device, where tensors have a shape and nothing else.
-    """
-    device = next(model.parameters()).device
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, in_channels, image_size, image_size, device=device))
-    return counter.get_total_flops() // 2  # PyTorch counts the multiplication and the addition
-
-
-# Beginnings of our parameters' names, and of timm's; {s} is the stage, 0 to 3, {b} the block in
-# it. The first row that fits a name applies.
-TIMM_NAMES = {
-    "downsample_layers.0":        "stem",
-    "downsample_layers.{s}":      "stages.{s}.downsample",
-    "stages.{s}.{b}.dwconv":      "stages.{s}.blocks.{b}.conv_dw",
-    "stages.{s}.{b}.norm":        "stages.{s}.blocks.{b}.norm",
-    "stages.{s}.{b}.mlp.pwconv1": "stages.{s}.blocks.{b}.mlp.fc1",
-    "stages.{s}.{b}.mlp.pwconv2": "stages.{s}.blocks.{b}.mlp.fc2",
-    "stages.{s}.{b}.layer_scale": "stages.{s}.blocks.{b}",
-    "head":                       "head",
-}  # fmt: skip
-
-
-def _timm_name(name: str) -> str:
-    for ours, theirs in TIMM_NAMES.items():
-        pattern = re.escape(ours).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{b\}", r"(?P<b>\d+)")
-        if match := re.match(pattern + r"(?=\.)", name):
-            return theirs.format(**match.groupdict()) + name[match.end():]
-    raise KeyError(name)
-
-
-def _read_state_dict(path: str | PathLike) -> Mapping[str, Tensor]:
-    try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        # weights_only: an ordinary pickle can run any program as it is opened
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(weights, Mapping):
-            raise TypeError("not a state dict")
-        return weights
-    except (FileNotFoundError, ModuleNotFoundError):
-        raise
-    except Exception as error:  # a damaged file can make the readers raise anything
-        raise ValueError(f"{path} is not a readable file of tensors") from error
-
-
-def load_weights(model: ConvNeXt, source: Mapping[str, Tensor] | str | PathLike) -> None:
-    """Copy weights into the model, all of them or none.
-
-    source: a state dict with timm's parameter names or with ours, or the path of a .safetensors,
-    .pt or .pth file that holds one.
-
-    Raises FileNotFoundError for a missing file, and ValueError for one that cannot be read or
-    whose names or shapes are not the model's; the first few are named.
-    """
-    given = source if isinstance(source, Mapping) else _read_state_dict(source)
-    rename = _timm_name if "stem.0.weight" in given else str  # only timm has that name
-    found, problems = {}, []
-    for name, parameter in model.state_dict().items():
-        tensor = given.get(rename(name))
-        if not isinstance(tensor, Tensor):
-            problems.append(f"{rename(name)} is missing")
-            continue
-        if parameter.ndim == 2 and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
-            tensor = rearrange(tensor, "o i 1 1 -> o i")  # timm's small variants: 1x1 convolutions
-        if tensor.shape != parameter.shape:
-            problems.append(f"{rename(name)} is {tuple(tensor.shape)}, here "
-                            f"{tuple(parameter.shape)}")
-        found[name] = tensor
-    unknown = given.keys() - map(rename, model.state_dict())
-    problems += [f"{name} is unknown" for name in sorted(map(str, unknown))]
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(found)
-
-
-# GFLOPs at 224x224 as printed in the paper's table 1 and, for the four small ones, in ConvNeXt
-# V2's (https://arxiv.org/abs/2301.00808): its extra layer has no multiply-accumulates to count.
-PUBLISHED_GFLOPS = dict(zip(VARIANTS, (0.55, 0.78, 1.37, 2.45, 4.5, 8.7, 15.4, 34.4, 60.9)))
-
-
-def table() -> Iterator[str]:
-    """A line for each variant: shape, parameters and GMACs at 224x224, counted and published."""
-    yield f"{'variant':8} {'depths':14} {'dims':24} {'parameters':>11} {'GMACs':>7} {'paper':>6}"
-    for name, (depths, dims) in VARIANTS.items():
-        with torch.device("meta"):
-            model = create_convnext(name)
-        parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model, 224)
-        yield (f"{name:8} {depths!s:14} {dims!s:24} {parameters:11,} {macs / 1e9:7.3f} "
-               f"{PUBLISHED_GFLOPS[name]:6}")
 
 
 # --- The road: how the paper gets here from a ResNet-50 (section 2, table 10) -------------------

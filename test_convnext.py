@@ -3,6 +3,7 @@
 pytest test_convnext.py    needs no network, no GPU and no data set
 """
 
+import ast
 import csv
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import urllib.error
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import PIL.Image
 import pytest
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
+from nbclient import NotebookClient
 from safetensors.torch import save_file
 from torch import nn
 
@@ -718,3 +721,22 @@ def test_the_error_of_a_user_is_one_line(tmp_path):
                          capture_output=True, text=True, cwd=tmp_path, check=False)
     assert run.returncode == 1
     assert run.stderr == "train.py: error: there is no checkpoint none.pt\n"
+
+
+# --- The notebook -------------------------------------------------------------------------------
+
+
+def test_notebook(monkeypatch):
+    """Runs from a clean kernel, without CIFAR-10 too; redefines nothing; was committed as run."""
+    notebook = nbformat.read(HERE / "walkthrough.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in cells:
+        nodes = list(ast.walk(ast.parse(cell.source)))
+        assert not any(isinstance(node, ast.ClassDef) for node in nodes), cell.source
+        called = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        assert not called & {"optim", "step", "zero_grad"}, cell.source
+        assert len(cell.source.splitlines()) <= 20, cell.source
+        assert cell.execution_count and all(o.output_type != "error" for o in cell.outputs)
+    assert (HERE / "walkthrough.ipynb").stat().st_size < 1.5e6
+    monkeypatch.delenv("CIFAR10_FOLDER", raising=False)
+    NotebookClient(notebook, timeout=90, resources={"metadata": {"path": HERE}}).execute()
