@@ -7,6 +7,7 @@ the paper arrives at it:
 
     Patchify            the stem: cut the image into patches             section 2.2
     DepthwiseConv       7x7, one filter per channel: mixes positions     2.3, 2.5
+    GELU                the only activation of a block                   2.6
     InvertedBottleneck  narrow, 4x wide, narrow: mixes channels          2.4, 2.6
     LayerNorm           a mean and a variance for each position          2.6
     DropPath            skip branches at random while training           appendix A.1
@@ -94,6 +95,18 @@ class DepthwiseConv(nn.Conv2d):
         return super().forward(x)
 
 
+class GELU(nn.GELU):
+    """x · Φ(x), with Φ the normal distribution's: a ReLU with a rounded corner. (...) -> (...)
+
+    The exact one; the tanh approximation would move the logits. Where no gradient is recorded it
+    overwrites its input, as nn.ReLU(inplace=True) does: the network's widest tensors then need
+    not exist twice.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
 class InvertedBottleneck(nn.Module):
     """Two linear layers around a GELU, the same at every position. (..., dim) -> (..., dim)
 
@@ -109,7 +122,7 @@ class InvertedBottleneck(nn.Module):
         # pw: pointwise. As 1x1 convolutions they would be the same function, but nn.Linear on
         # the last axis is one large matrix product.
         self.pwconv1 = nn.Linear(dim, expansion * dim)
-        self.act = nn.GELU()  # the exact x · Φ(x); the tanh approximation would move the logits
+        self.act = GELU()
         self.pwconv2 = nn.Linear(expansion * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
