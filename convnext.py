@@ -38,7 +38,9 @@ The function, its initialisation and the stochastic-depth schedule are those of 
 `python convnext.py` prints each variant's size and cost beside the published ones.
 """
 
+import hashlib
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from os import PathLike
@@ -418,21 +420,46 @@ def _timm_name(name: str) -> str:
     raise KeyError(name)
 
 
-def _read_state_dict(path: str | PathLike) -> Mapping[str, Tensor]:
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of names, types, shapes and values: in .safetensors files, which have none of their own."""
+    digest = hashlib.sha256()
+    for name, text in sorted(metadata.items()):
+        if name != "checksum":
+            digest.update(f"{name} {text}\n".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
+    """Content and metadata of a .safetensors, .pt or .pth file, if nothing in it is damaged.
+
+    Never runs anything that a file brings along. Raises FileNotFoundError, or ValueError.
+    """
     try:
         if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
+            from safetensors import safe_open
 
-            return load_file(path)
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata.get("checksum", "") not in ("", checksum(content, metadata)):
+                raise ValueError("the checksum differs")
+            return content, metadata
+        if zipfile.is_zipfile(path):  # as torch.save writes it, with checksums torch.load ignores
+            with zipfile.ZipFile(path) as archive:
+                if (member := archive.testzip()) is not None:
+                    raise ValueError(f"the checksum of {member} differs")
         # weights_only: an ordinary pickle can run any program as it is opened
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(weights, Mapping):
-            raise TypeError("not a state dict")
-        return weights
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, Mapping):
+            raise TypeError("not a mapping")
+        return content, {}
     except (FileNotFoundError, ModuleNotFoundError):
         raise
     except Exception as error:  # a damaged file can make the readers raise anything
-        raise ValueError(f"{path} is not a readable file of tensors") from error
+        raise ValueError(f"{path} is not a readable file of tensors, or it is damaged") from error
 
 
 def load_weights(model: ConvNeXt, source: Mapping[str, Tensor] | str | PathLike) -> None:
@@ -444,7 +471,7 @@ def load_weights(model: ConvNeXt, source: Mapping[str, Tensor] | str | PathLike)
     Raises FileNotFoundError for a missing file, and ValueError for one that cannot be read or
     whose names or shapes are not the model's; the first few are named.
     """
-    given = source if isinstance(source, Mapping) else _read_state_dict(source)
+    given = source if isinstance(source, Mapping) else read_file(source)[0]
     rename = _timm_name if "stem.0.weight" in given else str  # only timm has that name
     found, problems = {}, []
     for name, parameter in model.state_dict().items():

@@ -5,7 +5,13 @@ pytest test_convnext.py    needs no network, no GPU and no data set
 
 import ast
 import csv
+import errno
+import itertools
+import math
 import os
+import pickle
+import random
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -567,36 +573,166 @@ def test_one_batch_is_learned_by_heart():
     assert loss < 0.1
 
 
-def test_resume_is_exact(tmp_path, monkeypatch, small_data, capsys):
-    argv = [*QUICK, "--epochs", "4", "--val-size", "20", "--accumulate", "2", "--clip-grad", "1"]
+def at_call(number, function, action):
+    """The function, but before its call of this number the action happens."""
+    calls = itertools.count(1)
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == number:
+            action()
+        return function(*args, **kwargs)
+    return wrapped
+
+
+def assert_same_run(first, second):
+    """All that was trained, and every row of the log but for its times."""
+    states = [torch.load(f"{run}/last.pt", weights_only=True) for run in (first, second)]
+    for part in ("model", "ema"):
+        for name, tensor in states[0][part].items():
+            assert torch.equal(tensor, states[1][part][name]), name
+    for index, moments in states[0]["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(tensor, states[1]["optimizer"]["state"][index][name])
+    assert read_csv(f"{first}/metrics.csv") == read_csv(f"{second}/metrics.csv")
+
+
+def test_a_signal_loses_nothing(tmp_path, monkeypatch, small_data, capsys):
+    """Stopped in the middle of an epoch and resumed, a run ends as if it had never been stopped."""
+    def stop(number):
+        return lambda: signal.raise_signal(number)
+
+    argv = [*QUICK, "--epochs", "4", "--val-size", "20", "--accumulate", "2", "--clip-grad", "1",
+            "--batch-size", "16"]  # 5 steps an epoch
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     assert train.main([*argv, "--output", whole]) == 0
-    save = train.save
-
-    def save_then_stop(run):
-        save(run)
-        if len(run.history) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save", save_then_stop)
-    assert train.main([*argv, "--output", parts]) == 130
-    assert f"--resume {parts}/last.pt" in capsys.readouterr().err
-    monkeypatch.setattr(train, "save", save)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "augment", at_call(8, train.augment, stop(signal.SIGINT)))
+        assert train.main([*argv, "--output", parts]) == 130
+        assert f"--resume {parts}/last.pt" in capsys.readouterr().err
+        assert torch.load(f"{parts}/last.pt", weights_only=True)["step"] == 8
+        # during the evaluation it stops at once
+        patch.setattr(train, "evaluate", at_call(2, train.evaluate, stop(signal.SIGTERM)))
+        assert train.main(["--resume", f"{parts}/last.pt"]) == 143
+        assert torch.load(f"{parts}/last.pt", weights_only=True)["step"] == 10
+    Path(f"{parts}/last.pt.tmp").write_bytes(b"left by a killed run")
     torch.rand(7)  # the random state at the time does not matter
     assert train.main(["--resume", f"{parts}/last.pt"]) == 0
+    assert not list(Path(parts).glob("*.tmp"))
+    assert_same_run(whole, parts)
+    assert len(read_csv(f"{parts}/metrics.csv")) == 4
 
-    first, second = (torch.load(f"{run}/last.pt", weights_only=True) for run in (whole, parts))
-    assert len(first["history"]) == 4
-    for part in ("model", "ema"):
-        for name, tensor in first[part].items():
-            assert torch.equal(tensor, second[part][name]), name
-    for index, moments in first["optimizer"]["state"].items():
-        for name, tensor in moments.items():
-            assert torch.equal(tensor, second["optimizer"]["state"][index][name])
-    assert read_csv(f"{whole}/metrics.csv") == read_csv(f"{parts}/metrics.csv")
+
+def test_changed_arguments_want_override(tmp_path, small_data, capsys):
+    last = str(tmp_path / "last.pt")
+    argv = [*QUICK, "--output", str(tmp_path)]
+    assert train.main([*argv, "--epochs", "1"]) == 0
+    for extra, message in (
+        (["--lr", "0.5"], "add --override:\n  --lr: was 0.001, now 0.5"),
+        (["--batch-size", "8", "--override"], "cannot go on with another --batch-size"),
+        (["--val-size", "9"], "cannot go on with another --val-size"),
+    ):
+        with pytest.raises(SystemExit):
+            train.main(["--resume", last, *extra])
+        assert message in capsys.readouterr().err
+    assert train.main(["--resume", last, "--epochs", "2", "--override"]) == 0
+    assert "note: 1 -> 2 epochs: the learning rate, 1.0e-06 so far, goes on with" in (
+        capsys.readouterr().err)
+    assert [row["epoch"] for row in read_csv(tmp_path / "metrics.csv")] == ["1", "2"]
     with pytest.raises(SystemExit):
-        train.main(["--resume", f"{parts}/last.pt", "--lr", "0.5"])
-    assert "--lr (was 0.001)" in capsys.readouterr().err
+        train.main(["--resume", last, "--epochs", "1", "--override"])
+    assert "--epochs: must be no less than have been trained" in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch, small_data, capsys):
+    good = torch.save
+
+    def full(state, path):
+        Path(path).write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_in_the_second_epoch(state, path):
+        (full if len(state["history"]) == 2 else good)(state, path)
+
+    monkeypatch.setattr(torch, "save", full_in_the_second_epoch)
+    argv = [*QUICK, "--epochs", "3", "--output"]
+    assert train.main([*argv, str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().err.count("warning: cannot write") == 1
+
+    monkeypatch.setattr(torch, "save", at_call(2, good, lambda: monkeypatch.setattr(
+        torch, "save", full)))
+    with pytest.raises(train.UserError, match=r"could not write last.pt .* No space left"):
+        train.main([*argv, str(tmp_path / "b")])
+    assert capsys.readouterr().err.count("warning: cannot write") == 1
+    assert len(train.read_checkpoint(tmp_path / "b" / "last.pt")["history"]) == 2
+    assert not list((tmp_path / "b").glob("*.tmp"))
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, small_data):
+    def poison(args, data, x, labels, mix):
+        x, y = augment(args, data, x, labels, mix)
+        return (x * math.nan if next(steps) == 5 else x), y  # in the second epoch of three steps
+
+    augment, steps = train.augment, itertools.count(1)
+    monkeypatch.setattr(train, "augment", poison)
+    with pytest.raises(train.UserError, match=r"the loss became nan by step 3 of epoch 2, at lr "
+                                              r"\d.*, 2\.\d+ before: try"):
+        train.main([*QUICK, "--epochs", "3", "--output", str(tmp_path)])
+    state = train.read_checkpoint(tmp_path / "last.pt")
+    assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
+
+
+@pytest.mark.parametrize("name", ["last.pt", "weights.safetensors"])
+def test_no_damage_to_a_file_goes_unnoticed(name, tmp_path, small_data):
+    """Bits flipped, a part cut off, overwritten or moved: refused, or the very same content."""
+    assert train.main([*QUICK, "--epochs", "1", "--output", str(tmp_path)]) == 0
+    whole, path = (tmp_path / name).read_bytes(), tmp_path / f"damaged-{name}"
+    (tmp_path / name).rename(path)
+    original = pickle.dumps(train.read_checkpoint(path))
+    refused = 0
+    for trial in range(60):
+        path.write_bytes(damage(whole, random.Random(trial)))
+        try:
+            assert pickle.dumps(train.read_checkpoint(path)) == original, trial
+        except train.UserError as error:
+            assert str(error).startswith(f"{path} (") and "\n" not in str(error)
+            refused += 1
+    assert refused > 40
+
+
+def damage(content, choose):
+    """One of four kinds of damage; half of them near the ends, where a file's structure is."""
+    kind, size = choose.randrange(4), len(content)
+    at = choose.choice([choose.randrange(size), choose.randrange(min(size, 4000)),
+                        size - 1 - choose.randrange(min(size, 4000))])
+    if kind == 0:
+        return content[:at] + bytes([content[at] ^ 1 << choose.randrange(8)]) + content[at + 1 :]
+    if kind == 1:
+        return content[:at]
+    if kind == 2:
+        return content[:at] + choose.randbytes(50) + content[at + 50 :]
+    return content[at:] + content[:at]
+
+
+def test_the_surroundings_fail(tmp_path, monkeypatch, small_data):
+    argv = [*QUICK, "--epochs", "1", "--output", str(tmp_path / "run")]
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "augment", fail)
+        with pytest.raises(train.UserError, match=r"allocate 2.00 GiB.: --accumulate 2"):
+            train.main(argv)
+    with train.claim(tmp_path / "run"), pytest.raises(train.UserError, match="another run"):
+        train.main(argv)
+    (tmp_path / "file").touch()
+    with pytest.raises(train.UserError, match="cannot write to --output .*file/run"):
+        train.main([*argv, "--output", str(tmp_path / "file" / "run")])
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:  # python train.py | head
+        train.say("to nobody", gone)
+        train.say("to nobody", gone)
 
 
 def test_a_run_leaves_what_is_promised(tmp_path, small_data, capsys):
@@ -625,7 +761,7 @@ def test_a_run_leaves_what_is_promised(tmp_path, small_data, capsys):
         train.main([*QUICK, "--epochs", "2", "--output", str(out)])
     for argv, message in ((["--resume", str(out / "weights.safetensors")], "takes last.pt"),
                           (["--eval-only", str(out / "last.pt"), "--variant", "tiny"],
-                           "leave out --variant (was atto)")):
+                           "cannot go on with another --variant:")):
         with pytest.raises(SystemExit):
             train.main(argv)
         assert message in capsys.readouterr().err
@@ -656,13 +792,27 @@ def make_folder(root, classes=("b cat", "a dog"), splits=("train", "val")):
 def test_a_folder_of_mixed_images(tmp_path, capsys, size):
     root = make_folder(tmp_path / "my data")
     argv = ["--variant", "atto", "--dataset", "folder", "--data-dir", str(root), "--epochs", "1",
-            "--img-size", str(size), "--batch-size", "4", "--workers", "1", "--device", "cpu"]
+            "--img-size", str(size), "--batch-size", "4", "--workers", "1", "--device", "cpu",
+            "--patch-size", "4"]
     assert train.main([*argv, "--output", str(tmp_path / "run"), "--val-size", "2"]) == 0
     text = capsys.readouterr().out
     assert "10 training + 2 held-out + 12 test images, 2 classes (a dog, b cat, ...)" in text
-    (root / "train" / "a dog" / "broken.png").write_bytes(b"no image")
-    with pytest.raises(train.UserError, match="cannot read the image .*broken.png"):
+    good = (root / "train" / "a dog" / "ünï 0.png").read_bytes()
+    for name, content in (("empty.png", b""), ("text.png", b"no image"), ("cut.png", good[:900])):
+        (root / "train" / "a dog" / name).write_bytes(content)
+    with pytest.raises(train.UserError, match="cannot read the image .*(empty|text|cut).png"):
         train.main([*argv, "--output", str(tmp_path / "other")])
+    assert len(train.load_split(arguments(*argv, "--skip-bad"), train=True)) == 12
+    note = capsys.readouterr().err
+    assert "left out 3 of 15 images: " in note and "cut.png" in note
+
+
+def test_a_worker_is_killed(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "data")
+    monkeypatch.setattr(train.Folder, "read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(train.UserError, match="DataLoader worker .*fewer --workers"):
+        train.main(["--dataset", "folder", "--data-dir", str(root), "--img-size", "96",
+                    "--workers", "1", "--device", "cpu", "--output", str(tmp_path / "run")])
 
 
 def test_classes_are_matched_by_name(tmp_path, capsys):
@@ -711,7 +861,7 @@ def test_bad_checkpoints_are_refused(tmp_path, monkeypatch):
     torch.save({"args": Malicious()}, "evil.pt")
     torch.save({"model": {}}, "other.pt")
     for name in ("zero.pt", "evil.pt", "other.pt"):
-        with pytest.raises(train.UserError, match=f"{name} is not a complete checkpoint"):
+        with pytest.raises(train.UserError, match=rf"{name} \(.* is not a complete checkpoint"):
             train.main(["--eval-only", name])
     assert not Path("executed").exists()
 

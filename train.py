@@ -18,6 +18,7 @@ README.md lists the changes and the measurements behind them. In the order in wh
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import math
@@ -25,12 +26,14 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +43,7 @@ import torchvision
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
 from einops import rearrange, reduce, repeat
-from safetensors import safe_open
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -48,11 +51,32 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from convnext import VARIANTS, ConvNeXt, count_macs, create_convnext
+from convnext import (
+    VARIANTS,
+    ConvNeXt,
+    checksum,
+    count_macs,
+    create_convnext,
+    read_file,
+)
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class UserError(Exception):
     """Something that the user can mend; shown as one line, without a traceback."""
+
+
+def say(text: str, file: Any = None) -> None:
+    """Print above the progress bar. Whoever read it may have gone, as `head` does: go on."""
+    try:
+        tqdm.write(text, file)
+        (file or sys.stdout).flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 # --- 1. Arguments -------------------------------------------------------------------------------
@@ -99,6 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="side; up to 64 images are kept in memory, above they are read as needed")
     add("--val-size", type=whole("[0, inf)"), default=0, metavar="N",
         help="hold out N training images, and let them choose best.pt")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read")
     add("--workers", "-j", type=whole("[0, inf)"), default=min(8, os.cpu_count() or 1),
         metavar="N", help="processes that read images")
     add = parser.add_argument_group("model").add_argument
@@ -142,8 +167,31 @@ def make_parser() -> argparse.ArgumentParser:
         help="epochs, and after the last")
     add("--output", metavar="DIR", help="run folder; default runs/<time>-<variant>")
     add("--resume", metavar="LAST.PT", help="continue this run, with its arguments")
+    add("--override", action="store_true", help="let --resume change arguments")
     add("--eval-only", metavar="CHECKPOINT", help="measure last.pt, best.pt, weights.safetensors")
     return parser
+
+
+def refuse_changes(parser: argparse.ArgumentParser, args: argparse.Namespace,
+                   saved: dict) -> None:
+    """A checkpoint keeps its arguments, but for those that leave its result the same."""
+    network, path = {"variant", "patch_size", "layer_scale"}, args.resume or args.eval_only
+    if args.eval_only:
+        free, fixed = saved.keys() - network, network
+    else:
+        free = {"data_dir", "device", "workers"}
+        fixed = network | {"dataset", "img_size", "val_size", "skip_bad", "batch_size",
+                           "ema_horizon", "output"}
+    changed = [k for k in saved if k not in free and getattr(args, k) != saved[k]]
+    table = "".join(f"\n  --{k.replace('_', '-')}: was {saved[k]}, now {getattr(args, k)}"
+                    for k in changed)
+    if unchangeable := sorted(fixed & set(changed)):
+        parser.error(f"{path} cannot go on with another "
+                     f"--{', --'.join(unchangeable).replace('_', '-')}:{table}")
+    if changed and not args.override:
+        parser.error(f"{path} has other arguments; leave these out or add --override:{table}")
+    if changed:
+        say(f"note: --override of {len(changed)} arguments:{table}", sys.stderr)
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
@@ -154,17 +202,13 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
     args, checkpoint = parser.parse_args(argv), None
     if path := args.resume or args.eval_only:
         checkpoint = read_checkpoint(Path(path))
-        saved = {k: v for k, v in checkpoint["args"].items() if k not in ("resume", "eval_only")}
+        saved = {k: v for k, v in checkpoint["args"].items()
+                 if k not in ("resume", "override", "eval_only")}
         parser.set_defaults(**saved)  # the command line still overrides them ...
         args = parser.parse_args(argv)
-        free = {"data_dir", "device", "workers"}  # ... where that leaves it the same run
-        if args.eval_only:
-            free |= {"dataset", "img_size", "amp"}
-        elif "optimizer" not in checkpoint:
+        refuse_changes(parser, args, saved)  # ... where that leaves it the same run
+        if args.resume and "optimizer" not in checkpoint:
             parser.error("argument --resume: takes last.pt, not weights alone")
-        if changed := [k for k in saved if k not in free and getattr(args, k) != saved[k]]:
-            parser.error(f"{path} keeps its arguments: leave out " + ", ".join(
-                f"--{k.replace('_', '-')} (was {saved[k]})" for k in changed))
         args.output = str(Path(path).parent)
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 20
@@ -176,6 +220,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
         ("--min-lr", args.min_lr <= args.lr, f"up to --lr, {args.lr}"),
         ("--accumulate", args.accumulate <= args.batch_size, f"up to {args.batch_size}, a batch"),
         ("--img-size", args.img_size >= stride, f"{stride} or more at this --patch-size"),
+        ("--epochs", args.epochs >= len((checkpoint or {}).get("history", [])),
+         "no less than have been trained"),
         ("--crop-padding", args.crop_padding < args.img_size, f"below {args.img_size}, the image"),
     ):
         if not ok:
@@ -231,7 +277,11 @@ class Folder(torchvision.datasets.ImageFolder):
     """root/<class>/*.jpg etc. of any size and colour mode; `transform` makes squares of them.
 
     `classes`, if given, are the training set's: a class is known by its name, not its position.
+    `seed`, set for each epoch, is that of the random transforms: an image's crop follows from it
+    and the image alone, whichever worker cuts it.
     """
+
+    seed = 0
 
     def __init__(self, root: Path, transform: Callable, classes: list[str] | None) -> None:
         self.known = classes
@@ -256,12 +306,38 @@ class Folder(torchvision.datasets.ImageFolder):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         images = []
-        for path, _ in (self.samples[i] for i in indices):
-            try:
-                images.append(self.transform(self.loader(path)))  # the loader converts to RGB
-            except Exception as error:  # Pillow has many
-                raise UserError(f"cannot read the image {path} ({error})") from error
+        for i in indices:
+            torch.manual_seed(self.seed - i)
+            images.append(self.transform(self.read(self.samples[i][0])))
         return torch.stack(images), torch.tensor([self.targets[i] for i in indices])
+
+    def read(self, path: str) -> Image.Image:
+        try:
+            return self.loader(path)  # converts to RGB
+        except Exception as error:  # Pillow has many
+            raise UserError(f"cannot read the image {path} ({error}); --skip-bad leaves such "
+                            "images out") from error
+
+    def skip_bad(self, threads: int) -> None:
+        """Read every image once, and leave out, with a count, those that cannot be read."""
+
+        def readable(sample: tuple[str, int]) -> bool:
+            with contextlib.suppress(UserError):
+                self.read(sample[0])
+                return True
+            return False
+
+        with ThreadPool(max(1, threads)) as pool:
+            good = list(tqdm(pool.imap(readable, self.samples), f"checking {self.root}",
+                             len(self.samples), disable=None, leave=False))
+        bad = [path for (path, _), fine in zip(self.samples, good) if not fine]
+        if bad:
+            say(f"note: {self.root}: left out {len(bad)} of {len(good)} images: "
+                f"{', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}", sys.stderr)
+        self.samples = [sample for sample, fine in zip(self.samples, good) if fine]
+        self.targets = [label for _, label in self.samples]
+        if not self.samples:
+            raise UserError(f"{self.root} has no image that can be read")
 
 
 def load_folder(args: argparse.Namespace, train: bool, crop: bool,
@@ -278,6 +354,8 @@ def load_folder(args: argparse.Namespace, train: bool, crop: bool,
         cut = [T.Resize(size if small else round(size / 0.875), interpolation=3),
                T.CenterCrop(size)]
     data = Folder(path, T.Compose([*cut, T.PILToTensor()]), classes)
+    if args.skip_bad:
+        data.skip_bad(args.workers)
     if not small:
         return data
     loader = batches(data, 500, args.workers)
@@ -343,9 +421,11 @@ def load_split(args: argparse.Namespace, train: bool, *, crop: bool = False,
     return load_cifar10(args.data_dir, train)
 
 
-def ignore_ctrl_c(_worker: int) -> None:
-    """Only the main process answers; its workers end with it."""
+def leave_group(_worker: int) -> None:
+    """Signals to the whole group, as Ctrl-C sends, are for the main process to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setsid"):  # not on Windows
+        os.setsid()
 
 
 def as_is(batch: Any) -> Any:
@@ -353,13 +433,20 @@ def as_is(batch: Any) -> Any:
     return batch
 
 
-def batches(data: Dataset, batch_size: int, workers: int, *, train: bool = False) -> DataLoader:
-    """Batches in order, or for training shuffled and without a last incomplete one."""
-    on_disk = not isinstance(data.dataset if isinstance(data, Subset) else data, InMemory)
+def batches(data: Dataset, batch_size: int, workers: int, *, seed: int | None = None,
+            first: int = 0) -> DataLoader:
+    """Batches in order; or, with a seed, one epoch of training, from batch number `first` on:
+    shuffled, and without a last incomplete batch, unless it is the only one."""
+    source = data.dataset if isinstance(data, Subset) else data
+    order = torch.arange(len(data))
+    if seed is not None:
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        order = order[: max(1, len(data) // batch_size) * batch_size]
+        source.seed = seed
     return DataLoader(
-        data, batch_size, shuffle=train, drop_last=train and len(data) > batch_size,
-        num_workers=workers if on_disk else 0, worker_init_fn=ignore_ctrl_c,
-        pin_memory=torch.cuda.is_available(), collate_fn=as_is)
+        data, batch_sampler=[part.tolist() for part in order.split(batch_size)][first:],
+        num_workers=0 if isinstance(source, InMemory) else workers,
+        worker_init_fn=leave_group, pin_memory=torch.cuda.is_available(), collate_fn=as_is)
 
 
 def channel_statistics(data: Dataset, workers: int) -> tuple[Tensor, Tensor]:
@@ -632,6 +719,9 @@ def evaluate(model: nn.Module, images: Dataset, mean: Tensor, std: Tensor, worke
 # --- 6. The run ---------------------------------------------------------------------------------
 
 
+NOTHING = {"step": 0, "loss": 0.0, "seconds": 0.0, "waited": 0.0}  # at the start of an epoch
+
+
 @dataclass
 class Run:
     """All that a run consists of; `state` is the part that cannot be made anew."""
@@ -644,11 +734,23 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     steps: int  # in an epoch
+    step: int  # of the run, the next one
     history: list[dict]  # a row for each epoch; metrics.csv
+    so_far: dict[str, float]  # of the epoch that is going on
+    unwritten: dict[str, str]  # files that could not be written, and why
 
     @property
     def folder(self) -> Path:
         return Path(self.args.output)
+
+    @property
+    def total(self) -> int:
+        return self.steps * self.args.epochs
+
+    @property
+    def lr(self) -> float:
+        warmup = round(self.steps * self.args.warmup_epochs)
+        return lr_at(self.step, self.total, warmup, self.args.lr, self.args.min_lr)
 
     def measure(self, split: str) -> dict[str, float]:
         """The accuracy of the weights, and of their average, as columns of metrics.csv."""
@@ -663,7 +765,8 @@ class Run:
     def state(self) -> dict:
         """Plain data, which `torch.load(weights_only=True)` reads without running anything."""
         return {
-            "args": vars(self.args), "history": self.history, "classes": self.data.classes,
+            "args": vars(self.args), "steps": self.steps, "step": self.step,
+            "history": self.history, "so_far": self.so_far, "classes": self.data.classes,
             "mean": self.data.mean.tolist(), "std": self.data.std.tolist(),
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
@@ -674,11 +777,23 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # a run in float16
             self.scaler.load_state_dict(state["scaler"])
-        self.history = state["history"]
+        self.history, self.step, self.so_far = state["history"], state["step"], state["so_far"]
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
-            # At 0 the next update would not average but copy.
-            self.ema.n_averaged.fill_(self.history[-1]["step"])
+            self.ema.n_averaged.fill_(self.step)  # at 0 the next update would not average but copy
+
+
+    def write(self, name: str, to: Callable[[Path], Any]) -> None:
+        """Replace a file of the run folder. If that fails keep the old one, warn once and go on."""
+        try:
+            write_atomically(self.folder / name, to)
+            self.unwritten.pop(name, None)
+        except Exception as error:  # noqa: BLE001, each library reports a full disk in its own way
+            if not self.unwritten:
+                free = shutil.disk_usage(self.folder).free / 1e6
+                say(f"warning: cannot write {self.folder / name}, will try again after the next "
+                    f"epoch; {free:,.0f} MB are free there ({error})".splitlines()[0], sys.stderr)
+            self.unwritten[name] = str(error).splitlines()[0]
 
 
 def build_model(args: argparse.Namespace, classes: int) -> ConvNeXt:
@@ -704,38 +819,65 @@ def set_up(args: argparse.Namespace, checkpoint: dict | None) -> Run:
     device = pick_device(args.device)
     keep_freed_memory()
     precision = pick_precision(args.amp, device)
-    args.output = args.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.variant}")
-    if (Path(args.output) / "last.pt").exists() and not checkpoint:
-        raise UserError(f"{args.output} holds a run already: --resume {args.output}/last.pt, or "
-                        "give another --output")
     torch.set_float32_matmul_precision("high")  # TensorFloat-32, on GPUs that have it
     torch.backends.cudnn.benchmark = True  # all batches have one size: find its fastest kernels
     data = prepare_data(args, device)
     torch.manual_seed(args.seed)
     model = build_model(args, len(data.classes)).to(device, memory_format=torch.channels_last)
-    steps = len(batches(data.train, args.batch_size, 0, train=True))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.weight_decay), lr=args.lr, fused=True)
+    steps = len(batches(data.train, args.batch_size, 0, seed=0))
     run = Run(
         args, data, precision, model, make_ema(model, args.ema_horizon, steps * args.epochs),
-        torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, fused=True),
+        optimizer,
         # float16 alone has too small a range for gradients: they are scaled up, and back down
-        torch.amp.GradScaler(device.type, enabled=precision == torch.float16), steps, history=[])
+        torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        steps, step=0, history=[], so_far=dict(NOTHING), unwritten={})
     if checkpoint:
-        trained = checkpoint["history"][-1]["step"], checkpoint["classes"]
-        if trained != (steps * len(checkpoint["history"]), data.classes):
+        if (steps, data.classes) != (checkpoint["steps"], checkpoint["classes"]):
             raise UserError(f"{args.resume} was trained on other images than these")
         run.load_state(checkpoint)
+        if args.epochs != (before := checkpoint["args"]["epochs"]) and run.step < run.total:
+            lr = optimizer.param_groups[0]["lr"]
+            say(f"note: {before} -> {args.epochs} epochs: the learning rate, {lr:.1e} so far, goes "
+                f"on with {run.lr:.1e} and falls to {args.min_lr:.1e} at the new end", sys.stderr)
     if args.compile:
         model.compile()  # in place, so the names in the checkpoint stay as they are
     return run
 
 
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Make the run folder and lock it; clear away what a killed run had begun to write."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115, unlocked when the program ends, anyhow
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for unfinished in folder.glob("*.tmp"):
+            unfinished.unlink()
+    except BlockingIOError as error:
+        raise UserError(f"another run is writing to {folder}") from error
+    except OSError as error:
+        raise UserError(f"cannot write to --output {folder} ({error.strerror})") from error
+    with lock:
+        yield
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Whenever the power fails, `path` is the old file or the new one, never a part of it."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if fcntl:  # where a folder can be opened, its entry for the file can be made to last
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -743,16 +885,17 @@ def read_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                state = {key: json.loads(text) for key, text in file.metadata().items()}
-                state["weights"] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state, metadata = read_file(path)
+        if metadata:
+            state = {k: json.loads(text) for k, text in metadata.items() if k != "checksum"} | {
+                "weights": state}
         if not {"args", "classes", "mean", "std"} <= state.keys():
             raise ValueError("another program's")
-    except Exception as error:  # a damaged file can make the readers raise anything
-        raise UserError(f"{path} is not a complete checkpoint written by train.py") from error
+    except ValueError as error:
+        best = path.with_name("best.pt")
+        hint = f"; there is also {best}" if best.exists() and best != path else ""
+        raise UserError(f"{path} ({path.stat().st_size:,} bytes) is not a complete checkpoint "
+                        f"written by train.py{hint}") from error
     return state
 
 
@@ -762,16 +905,24 @@ def save(run: Run) -> None:
     In this order: a run that is killed between two of them repeats the epoch, and all three.
     """
     state = run.state()
+    if not torch.stack([p.sum() for p in run.model.parameters()]).isfinite().all():
+        raise UserError(f"the weights are no longer finite at step {run.step}, at lr {run.lr:.1e}: "
+                        f"{REMEDY}. The files in {run.folder} stay as they were before")
     metric = "val_ema_top1" if run.ema else "val_top1"
     scores = [row.get(metric, -1.0) for row in run.history]
-    if run.data.val and scores[-1] > max(scores[:-1], default=-1.0):
-        write_atomically(run.folder / "best.pt", lambda path: torch.save(state, path))
+    at_end_of_epoch = run.so_far == NOTHING
+    if run.data.val and at_end_of_epoch and scores[-1] > max(scores[:-1], default=-1.0):
+        run.write("best.pt", lambda path: torch.save(state, path))
     if len(run.history) == run.args.epochs:
         tensors = {k: v.cpu().contiguous() for k, v in (state["ema"] or state["model"]).items()}
         header = {k: json.dumps(state[k]) for k in ("args", "classes", "mean", "std")}
-        write_atomically(run.folder / "weights.safetensors",
-                         lambda path: save_file(tensors, path, header))
-    write_atomically(run.folder / "last.pt", lambda path: torch.save(state, path))
+        header["checksum"] = checksum(tensors, header)
+        run.write("weights.safetensors", lambda path: save_file(tensors, path, header))
+    run.write("last.pt", lambda path: torch.save(state, path))
+    columns = list(max(run.history, key=len, default={}))
+    lines = [columns] + [[past.get(name, "") for name in columns] for past in run.history]
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    run.write("metrics.csv", lambda path: path.write_text(text))  # whole: every epoch just once
 
 
 def describe(run: Run) -> None:
@@ -780,17 +931,13 @@ def describe(run: Run) -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "torchvision": torchvision.__version__}
     text = json.dumps({"argv": sys.argv, "args": vars(args), "versions": versions}, indent=2)
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "args.json").write_text(text + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to --output {run.folder} ({error.strerror})") from error
+    (run.folder / "args.json").write_text(text + "\n")
     with torch.device("meta"):
         macs = count_macs(build_model(args, len(data.classes)), args.img_size)
     size = sum(p.numel() for p in run.model.parameters())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     held_out = f" + {len(data.val):,} held-out" if data.val else ""
-    print(f"model   ConvNeXt-{args.variant}, patch size {args.patch_size}: {size:,} parameters, "
+    say(f"model   ConvNeXt-{args.variant}, patch size {args.patch_size}: {size:,} parameters, "
           f"{macs / 1e9:.3f} GMACs at {args.img_size}x{args.img_size}\n"
           f"data    {args.dataset}: {len(data.train):,} training{held_out} + {len(data.test):,} "
           f"test images, {len(data.classes)} classes ({', '.join(data.classes[:4])}, ...)\n"
@@ -798,97 +945,157 @@ def describe(run: Run) -> None:
           f"{', compiled' if args.compile else ''}\n"
           f"steps   {args.epochs} epochs x {run.steps} of {args.batch_size} images, "
           f"lr {args.lr:g}, weight decay {args.weight_decay:g}, seed {args.seed}\n"
-          f"run     {run.folder}", flush=True)
+          f"run     {run.folder}")
 
 
 def log(run: Run, writer: SummaryWriter, seconds_left: float) -> None:
-    """The newest row of the history: to metrics.csv, TensorBoard and the screen."""
-    row, columns = run.history[-1], list(max(run.history, key=len))
-    lines = [columns] + [[past.get(name, "") for name in columns] for past in run.history]
-    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    # Whole each time: a resumed run has every epoch just once.
-    write_atomically(run.folder / "metrics.csv", lambda path: path.write_text(text))
-    for name, value in row.items():
-        writer.add_scalar(name, value, row["epoch"])
-    writer.flush()
+    """The newest row of the history: to TensorBoard and the screen."""
+    row = run.history[-1]
+    if not run.unwritten:  # TensorBoard does not survive a full disk
+        for name, value in row.items():
+            writer.add_scalar(name, value, row["epoch"])
+        writer.flush()
     split, results = "val" if run.data.val else "test", ""
     if f"{split}_loss" in row:
         results = f"  {split} loss {row[f'{split}_loss']:.3f}  top-1 {row[f'{split}_top1']:5.2f} %"
     if f"{split}_ema_top1" in row:
         results += f"  EMA {row[f'{split}_ema_top1']:5.2f} %"
     minutes, seconds = divmod(round(seconds_left), 60)
-    tqdm.write(f"epoch {row['epoch']:3}/{run.args.epochs}  lr {row['lr']:.1e}  train loss "
-               f"{row['train_loss']:.3f}{results}  {row['images_per_s']:5.0f} img/s  "
-               f"data {row['data_share']:2.0%}  "
-               f"{minutes}:{seconds:02} left")
-    sys.stdout.flush()
+    say(f"epoch {row['epoch']:3}/{run.args.epochs}  lr {row['lr']:.1e}  train loss "
+        f"{row['train_loss']:.3f}{results}  {row['images_per_s']:5.0f} img/s  "
+        f"data {row['data_share']:2.0%}  {minutes}:{seconds:02} left")
 
 
 # --- 7. Training --------------------------------------------------------------------------------
 
+CHECK_EVERY = 50  # steps: looking at the loss makes the processor wait for a GPU
+REMEDY = "try a lower --lr, --clip-grad 1 or --amp off"
+
+
+class Stopped(BaseException):
+    """Ctrl-C, or SIGTERM from a scheduler. No Exception, lest somebody take it for an error."""
+
+
+class Signals:
+    """Make `Stopped` of the first signal, once `wait` is False; the second acts as it always does.
+
+    A step that is cut short would leave half of the weights updated: while training, the loop asks
+    after each step.
+    """
+
+    wait, pending = False, 0
+
+    def __enter__(self) -> "Signals":  # noqa: PYI034, Self wants Python 3.11
+        self.before = {number: signal.signal(number, self.receive)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def receive(self, number: int, _frame: Any) -> None:
+        self.pending = number
+        self.__exit__()
+        if not self.wait:
+            raise Stopped(number)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train_epoch(run: Run, signals: Signals, progress: tqdm) -> dict[str, float]:
+    """The rest of an epoch -> its row for metrics.csv."""
+    args, data, model, optimizer, scaler = (
+        run.args, run.data, run.model, run.optimizer, run.scaler)
+    epoch, device = len(run.history), data.mean.device
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+    # All that is random follows from the seed and the epoch or step: a resumed run draws the same.
+    # (A large factor, so that step 2 of seed 0 is not step 1 of another seed.)
+    loader = batches(data.train, args.batch_size, args.workers,
+                     seed=-args.seed - 1_000_003 * (epoch + 1), first=run.step - epoch * run.steps)
+    loss_sum = torch.tensor(run.so_far["loss"], device=device)
+    waited, step_ended = run.so_far["waited"], time.perf_counter()
+    began = step_ended - run.so_far["seconds"]
+    model.train()
+    for images, labels in loader:
+        torch.manual_seed(args.seed + 1_000_003 * (run.step + 1))
+        x, y = augment(args, data, images.to(device, non_blocking=True),
+                       labels.to(device, non_blocking=True),
+                       mix=epoch < args.epochs - args.mix_off_epochs)
+        waited += time.perf_counter() - step_ended
+        for group in optimizer.param_groups:
+            group["lr"] = run.lr
+
+        # ---- learning --------------------------------------------------------------------------
+        for xs, ys in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
+            with torch.autocast(device.type, run.precision, run.precision != torch.float32):
+                logits = model(xs)
+            loss = criterion(logits.float(), ys) * (len(xs) / len(x))
+            scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if run.ema:
+            run.ema.update_parameters(model)
+        # ----------------------------------------------------------------------------------------
+        run.step += 1
+        progress.update()
+        step_ended = time.perf_counter()
+        done = run.step - epoch * run.steps
+        if signals.pending or done % CHECK_EVERY == 0 or done == run.steps:
+            check_loss(run, loss_sum.item(), done, optimizer.param_groups[0]["lr"])
+            run.so_far = {"step": done, "loss": loss_sum.item(), "waited": waited,
+                          "seconds": time.perf_counter() - began}
+        if signals.pending:
+            raise Stopped(signals.pending)
+    seconds = run.so_far["seconds"]
+    return {"epoch": epoch + 1, "step": run.step, "train_loss": run.so_far["loss"] / run.steps,
+            "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
+            "images_per_s": run.steps * min(args.batch_size, len(data.train)) / seconds,
+            "data_share": run.so_far["waited"] / seconds}  # loading and augmentation
+
+
+def check_loss(run: Run, loss_sum: float, done: int, lr: float) -> None:
+    """Refuse to go on, and to save, once the loss is infinite or no number."""
+    finite = [row["train_loss"] for row in run.history]
+    if run.so_far["step"]:
+        finite.append(run.so_far["loss"] / run.so_far["step"])
+    if not math.isfinite(loss_sum):
+        raise UserError(f"the loss became {loss_sum} by step {done} of epoch "
+                        f"{len(run.history) + 1}, at lr {lr:.1e}"
+                        f"{f', {finite[-1]:.3f} before' if finite else ''}: {REMEDY}. "
+                        f"The files in {run.folder} stay as they were before")
+    if run.scaler.is_enabled() and run.scaler.get_scale() < 1:
+        raise UserError(f"float16 has no scale left at which the gradients are finite, by step "
+                        f"{done} of epoch {len(run.history) + 1}: {REMEDY}, or --amp bf16")
+
 
 def train(run: Run) -> None:
-    """From the epoch after the last one in the history to the end."""
-    args, data, model, optimizer, scaler, steps = (
-        run.args, run.data, run.model, run.optimizer, run.scaler, run.steps)
-    device, done = data.mean.device, len(run.history)
-    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-    total, warmup = steps * args.epochs, round(steps * args.warmup_epochs)
+    """From where the run stands to its end."""
+    args, data = run.args, run.data
     describe(run)
-    writer = SummaryWriter(run.folder, purge_step=done + 1)
-    progress = tqdm(total=total, initial=done * steps, unit="step", disable=None)
-    started = time.perf_counter()
-    for epoch in range(done, args.epochs):
-        # All that is random in an epoch follows from its number: a resumed run draws the same.
-        # (A large factor, so that epoch 2 of seed 0 is not epoch 1 of another seed.)
-        torch.manual_seed(args.seed + 1_000_003 * (epoch + 1))
-        began, waited, epoch_loss = time.perf_counter(), 0.0, torch.zeros((), device=device)
-        mix = epoch < args.epochs - args.mix_off_epochs
-        model.train()
-        loader = batches(data.train, args.batch_size, args.workers, train=True)
-        step_ended = began
-        for step, (images, labels) in enumerate(loader, epoch * steps):
-            x, y = augment(args, data, images.to(device, non_blocking=True),
-                           labels.to(device, non_blocking=True), mix)
-            waited += time.perf_counter() - step_ended
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, total, warmup, args.lr, args.min_lr)
-
-            # ---- learning ----------------------------------------------------------------------
-            for xs, ys in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
-                with torch.autocast(device.type, run.precision, run.precision != torch.float32):
-                    logits = model(xs)
-                loss = criterion(logits.float(), ys) * (len(xs) / len(x))
-                scaler.scale(loss).backward()
-                epoch_loss += loss.detach()
-            if args.clip_grad:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            if run.ema:
-                run.ema.update_parameters(model)
-            # --------------------------------------------------------------------------------------
-            progress.update()
-            step_ended = time.perf_counter()
-
-        loss, seconds = epoch_loss.item() / steps, time.perf_counter() - began
-        if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss} in epoch {epoch + 1}: try a lower --lr, "
-                            "--clip-grad 1 or --amp off")
-        row = {"epoch": epoch + 1, "step": (epoch + 1) * steps, "train_loss": loss,
-               "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
-               "images_per_s": steps * min(args.batch_size, len(data.train)) / seconds,
-               "data_share": waited / seconds}  # loading and augmentation
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            row |= run.measure("val" if data.val else "test")
-        run.history.append(row)
-        save(run)
-        an_epoch = (time.perf_counter() - started) / (epoch + 1 - done)
-        log(run, writer, an_epoch * (args.epochs - epoch - 1))
-    progress.close()
-    writer.close()
+    with Signals() as signals, tqdm(
+            total=run.total, initial=run.step, unit="step", disable=None) as progress:
+        writer = SummaryWriter(run.folder, purge_step=len(run.history) + 1)
+        started, first = time.perf_counter(), run.step
+        try:
+            for epoch in range(len(run.history), args.epochs):
+                signals.wait = True
+                row = train_epoch(run, signals, progress)
+                signals.wait = False
+                if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+                    row |= run.measure("val" if data.val else "test")
+                run.history.append(row)
+                run.so_far = dict(NOTHING)
+                save(run)
+                a_step = (time.perf_counter() - started) / max(1, run.step - first)
+                log(run, writer, a_step * (run.total - run.step))
+            writer.close()
+        except Stopped:
+            save(run)
+            raise
 
 
 def report(path: Path, args: argparse.Namespace, test: Dataset | None = None) -> None:
@@ -904,8 +1111,18 @@ def report(path: Path, args: argparse.Namespace, test: Dataset | None = None) ->
             model.load_state_dict(state[key])
             result = evaluate(
                 model, test, mean, std, args.workers, pick_precision(args.amp, device))
-            print(f"{path} ({title}): test loss {result['loss']:.4f}  top-1 "
-                  f"{result['top1']:.2f} %  top-5 {result['top5']:.2f} %  of {len(test):,} images")
+            say(f"{path} ({title}): test loss {result['loss']:.4f}  top-1 "
+                f"{result['top1']:.2f} %  top-5 {result['top5']:.2f} %  of {len(test):,} images")
+
+
+WHAT_HELPS = {  # in an error of PyTorch's -> what to do about it
+    "out of memory|can't allocate memory|Unable to allocate":
+        "--accumulate 2 (or 4 ...) takes the same steps in less memory; a smaller --batch-size, "
+        "--img-size or --variant needs less, too",
+    "DataLoader worker|shared memory|Too many open files":
+        "a process that reads images has ended, often for lack of memory; try fewer --workers, "
+        "or --workers 0",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -913,17 +1130,31 @@ def main(argv: list[str]) -> int:
     if args.eval_only:
         report(Path(args.eval_only), args)
         return 0
-    run = set_up(args, checkpoint)
-    last, best = run.folder / "last.pt", run.folder / "best.pt"
-    try:
-        train(run)
-    except KeyboardInterrupt:
-        print(f"\nstopped; to go on: python train.py --resume {shlex.quote(str(last))}"
-              if last.exists() else
-              "\nstopped in the first epoch: there is nothing to resume yet", file=sys.stderr)
-        return 130
+    args.output = args.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.variant}")
+    last, best = Path(args.output) / "last.pt", Path(args.output) / "best.pt"
+    if last.exists() and not checkpoint:
+        raise UserError(f"{args.output} holds a run already: --resume {last}, or give another "
+                        "--output")
+    resume = f"python train.py --resume {shlex.quote(str(last))}"
+    with claim(Path(args.output)):
+        try:
+            run = set_up(args, checkpoint)
+            train(run)
+        except Stopped as stopped:
+            say(f"stopped; to go on: {resume}", sys.stderr)
+            return 128 + stopped.args[0]
+        except (RuntimeError, MemoryError) as error:
+            message = str(error) or "out of memory"
+            for pattern, help_ in WHAT_HELPS.items():
+                if re.search(pattern, message):
+                    saved = f"; to go on from the last epoch: {resume}" if last.exists() else ""
+                    raise UserError(f"{message.splitlines()[0]}: {help_}{saved}") from error
+            raise
     for path in (last, best) if run.data.val else (last,):
         report(path, args, run.data.test)
+    if run.unwritten:
+        raise UserError(f"could not write {', '.join(run.unwritten)} in {args.output}: "
+                        f"{next(iter(run.unwritten.values()))}")
     return 0
 
 
