@@ -21,8 +21,9 @@ the paper arrives at it:
     DepthwiseGradient   why training is faster here than elsewhere, on a CPU
     ROADMAP             every network between ResNet-50 and this one     table 10
 
-Every change of layout is an einops pattern, which is also its shape comment: b = batch,
-c = channels, h, w = height, width. Between the pieces a feature map is (b, c, h, w).
+Sections, tables and figures named in this file are the paper's. Every change of layout is an
+einops pattern, which is also its shape comment: b = batch, c = channels, h, w = height, width.
+Between the pieces a feature map is (b, c, h, w).
 
 The function, its initialisation and the stochastic-depth schedule are those of the authors' code
 (https://github.com/facebookresearch/ConvNeXt). Deliberately different:
@@ -31,8 +32,8 @@ The function, its initialisation and the stochastic-depth schedule are those of 
   - `num_classes=0` gives the pooled features, `forward_pyramid` every stage's map;
   - an image below the total stride is refused in a sentence, not in a convolution's words;
   - all LayerNorms run as PyTorch's own kernel; LayerNorm2d says what that does to the memory;
-  - strided convolutions run as a linear layer on patches, and on a CPU the depthwise one has a
-    faster gradient: the same numbers up to rounding;
+  - while training, strided convolutions run as a linear layer on patches, and on a CPU the
+    depthwise one has a gradient of its own: both faster, the same numbers up to rounding;
   - each idea is a module, hence `mlp.pwconv1` and `layer_scale.gamma` for `pwconv1`, `gamma`.
 
 `python convnext.py` prints each variant's size and cost beside the published ones.
@@ -68,7 +69,9 @@ class Patchify(nn.Conv2d):
         super().__init__(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # nn.Conv2d's own forward computes the same. As a linear layer it is one matrix product.
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        # As a linear layer on patches: the same function, and on a CPU a faster gradient.
         p, (h, w) = self.stride[0], x.shape[2:]
         x = x[:, :, : h - h % p, : w - w % p]
         x = rearrange(x, "b c (h p) (w q) -> b h w (p q c)", p=p, q=p)
@@ -83,10 +86,10 @@ class DepthwiseConv(nn.Conv2d):
 
     Like self-attention it mixes positions and leaves channels apart (section 2.3). So it takes
     49·dim multiplications per position where a dense 7x7 takes 49·dim², and a large kernel is
-    affordable: 3x3 -> 7x7 gains 0.7 points, larger ones no more (section 2.5).
+    affordable: 3x3 -> 7x7 gains 0.65 points of accuracy, larger ones no more (section 2.5).
     """
 
-    fast_gradient = True  # False: PyTorch's own, several times slower on a CPU (section "Faster")
+    fast_gradient = True  # False: PyTorch's own, slower on a CPU (see "Faster" below)
 
     def __init__(self, dim: int, kernel_size: int = 7) -> None:
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
@@ -116,7 +119,7 @@ class InvertedBottleneck(nn.Module):
 
     ResNet's bottleneck goes wide - narrow - wide; a transformer's MLP goes narrow - wide - narrow
     with one activation, and the paper adopts both habits (sections 2.4 and 2.6). Nearly all of
-    the network's parameters and multiplications are in here: 8·dim² per position.
+    the network's parameters are in here, 8·dim², and each is multiplied once at every position.
     """
 
     def __init__(self, dim: int, expansion: int = 4) -> None:
@@ -137,7 +140,7 @@ class LayerNorm(nn.LayerNorm):
         y = γ · (x - mean(x)) / √(var(x) + ε) + β,   mean and var over the last axis
 
     No statistic is shared between positions or samples, so training and evaluation compute the
-    same. (GroupNorm with one group, often taken for it, averages over the positions as well.)
+    same. (GroupNorm with one group is another thing: it averages over the positions as well.)
     """
 
     def __init__(self, dim: int) -> None:
@@ -162,7 +165,7 @@ class LayerNorm2d(LayerNorm):
 class DropPath(nn.Module):
     """Stochastic depth: while training, zero the branch with probability p. (b, ...) -> (b, ...)
 
-        y = x · m / (1 - p),   m ~ Bernoulli(1 - p), drawn for each sample of the batch
+        y = x · m / (1 - p),   m ~ Bernoulli(1 - p), drawn for each sample;  x: the branch's output
 
     A sample whose branch is zero skips the block, so no block can be relied on alone (Huang et
     al., 2016). Dividing by 1 - p keeps the expectation, and evaluation leaves x as it is.
@@ -386,13 +389,13 @@ PUBLISHED_GFLOPS = dict(zip(VARIANTS, (0.55, 0.78, 1.37, 2.45, 4.5, 8.7, 15.4, 3
 
 def table() -> Iterator[str]:
     """A line for each variant: shape, parameters and GMACs at 224x224, counted and published."""
-    yield f"{'variant':8} {'depths':14} {'dims':24} {'parameters':>11} {'GMACs':>7} {'paper':>6}"
+    yield f"{'variant':8} {'depths':14} {'dims':24} {'parameters':>11} {'GMACs':>7} {'published':>9}"
     for name, (depths, dims) in VARIANTS.items():
         with torch.device("meta"):
             model = create_convnext(name)
         parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model, 224)
         yield (f"{name:8} {depths!s:14} {dims!s:24} {parameters:11,} {macs / 1e9:7.3f} "
-               f"{PUBLISHED_GFLOPS[name]:6}")
+               f"{PUBLISHED_GFLOPS[name]:9}")
 
 
 # --- Checkpoints --------------------------------------------------------------------------------
