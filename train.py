@@ -31,6 +31,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -49,16 +50,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
 from tqdm import tqdm
 
-from convnext import (
-    VARIANTS,
-    ConvNeXt,
-    checksum,
-    count_macs,
-    create_convnext,
-    read_file,
-)
+import convnext
 
 try:
     import fcntl
@@ -127,7 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--workers", "-j", type=whole("[0, inf)"), default=min(8, os.cpu_count() or 1),
         metavar="N", help="processes that read images")
     add = parser.add_argument_group("model").add_argument
-    add("--variant", "--model", choices=VARIANTS, default="tiny", help="size")
+    add("--variant", "--model", choices=convnext.VARIANTS, default="tiny", help="size")
     # 2 and 0.1 where the paper has 4 and 1e-6: both learn faster here, README.md has the tables
     add("--patch-size", type=int, choices=(1, 2, 4), default=2, help="stride of the stem")
     add("--drop-path", type=real("[0, 1)"), default=0.1, help="stochastic depth, at the last block")
@@ -175,14 +170,12 @@ def make_parser() -> argparse.ArgumentParser:
 def refuse_changes(parser: argparse.ArgumentParser, args: argparse.Namespace,
                    saved: dict) -> None:
     """A checkpoint keeps its arguments, but for those that leave its result the same."""
-    network, path = {"variant", "patch_size", "layer_scale"}, args.resume or args.eval_only
-    if args.eval_only:
-        free, fixed = saved.keys() - network, network
-    else:
-        free = {"data_dir", "device", "workers"}
-        fixed = network | {"dataset", "img_size", "val_size", "skip_bad", "batch_size",
-                           "ema_horizon", "output"}
-    changed = [k for k in saved if k not in free and getattr(args, k) != saved[k]]
+    path, fixed = args.resume or args.eval_only, {"variant", "patch_size", "layer_scale"}
+    if args.eval_only:  # the network alone matters
+        saved = {k: v for k, v in saved.items() if k in fixed}
+    fixed |= {"dataset", "img_size", "val_size", "skip_bad", "batch_size", "ema_horizon", "output"}
+    changed = [k for k, v in saved.items()
+               if getattr(args, k) != v and k not in ("data_dir", "device", "workers")]
     table = "".join(f"\n  --{k.replace('_', '-')}: was {saved[k]}, now {getattr(args, k)}"
                     for k in changed)
     if unchangeable := sorted(fixed & set(changed)):
@@ -260,11 +253,13 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
 SMALL = 64  # up to this side images are kept in memory; larger ones are read as they are needed
 
 
+@dataclass
 class InMemory(Dataset):
     """Images small enough to be decoded once and kept."""
 
-    def __init__(self, images: Tensor, labels: Tensor, classes: list[str]) -> None:
-        self.images, self.labels, self.classes = images, labels, classes
+    images: Tensor
+    labels: Tensor
+    classes: list[str]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -273,47 +268,53 @@ class InMemory(Dataset):
         return self.images[indices], self.labels[indices]
 
 
-class Folder(torchvision.datasets.ImageFolder):
-    """root/<class>/*.jpg etc. of any size and colour mode; `transform` makes squares of them.
+class Folder(Dataset):
+    """root/<class>/*.jpg etc. of any size and colour mode; `cut` makes squares of them.
 
     `classes`, if given, are the training set's: a class is known by its name, not its position.
-    `seed`, set for each epoch, is that of the random transforms: an image's crop follows from it
-    and the image alone, whichever worker cuts it.
+    `seed`, set for each epoch, is that of the random cuts: an image's follows from it and the
+    image alone, whichever worker cuts it.
     """
 
     seed = 0
 
-    def __init__(self, root: Path, transform: Callable, classes: list[str] | None) -> None:
-        self.known = classes
-        try:
-            super().__init__(str(root), transform, allow_empty=classes is not None)
-        except FileNotFoundError as error:  # a class without images
-            raise UserError(f"{root}: {str(error).partition('.')[0]}") from error
-        if not self.samples:
-            raise UserError(f"{root} has no images; they belong in a folder for each class")
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        found = sorted(entry.name for entry in os.scandir(directory)
+    def __init__(self, root: Path, args: argparse.Namespace, classes: list[str] | None) -> None:
+        found = sorted(entry.name for entry in os.scandir(root)
                        if entry.is_dir() and not entry.name.startswith("."))
-        classes = self.known or found
-        if len(classes) < 2:
-            raise UserError(f"{directory} must have two class folders or more, not {len(found)}")
-        if unknown := sorted(set(found) - set(classes)):
-            raise UserError(f"{directory} has classes that training has not: {', '.join(unknown)}")
-        if missing := sorted(set(classes) - set(found)):
-            print(f"note: {directory} has no {', '.join(missing)}", file=sys.stderr)
-        return classes, {name: label for label, name in enumerate(classes)}
+        self.classes = classes or found
+        if len(self.classes) < 2:
+            raise UserError(f"{root} must have two class folders or more, not {len(found)}")
+        if unknown := sorted(set(found) - set(self.classes)):
+            raise UserError(f"{root} has classes that training has not: {', '.join(unknown)}")
+        size, larger = args.img_size, args.img_size > SMALL
+        # the middle; of larger images 7/8 of the shorter side, as the authors evaluate
+        self.cut = T.Compose([T.Resize(round(size / 0.875) if larger else size, interpolation=3),
+                              T.CenterCrop(size)])  # 3: bicubic
+        labels = {name: label for label, name in enumerate(self.classes)}
+        self.samples = make_dataset(str(root), labels, IMG_EXTENSIONS, allow_empty=True)
+        if args.skip_bad:
+            self.skip_bad(args.workers)
+        if missing := sorted(set(labels) - {self.classes[label] for _, label in self.samples}):
+            message = f"{root} has no images of {', '.join(missing)}"
+            if not classes or not self.samples:
+                raise UserError(message)
+            say(f"note: {message}", sys.stderr)
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        images = []
+        images, labels = [], []
         for i in indices:
+            path, label = self.samples[i]
             torch.manual_seed(self.seed - i)
-            images.append(self.transform(self.read(self.samples[i][0])))
-        return torch.stack(images), torch.tensor([self.targets[i] for i in indices])
+            images.append(TF.pil_to_tensor(self.cut(self.read(path))))
+            labels.append(label)
+        return torch.stack(images), torch.tensor(labels)
 
     def read(self, path: str) -> Image.Image:
         try:
-            return self.loader(path)  # converts to RGB
+            return default_loader(path)  # converts to RGB
         except Exception as error:  # Pillow has many
             raise UserError(f"cannot read the image {path} ({error}); --skip-bad leaves such "
                             "images out") from error
@@ -330,33 +331,20 @@ class Folder(torchvision.datasets.ImageFolder):
         with ThreadPool(max(1, threads)) as pool:
             good = list(tqdm(pool.imap(readable, self.samples), f"checking {self.root}",
                              len(self.samples), disable=None, leave=False))
-        bad = [path for (path, _), fine in zip(self.samples, good) if not fine]
-        if bad:
+        if bad := [path for (path, _), fine in zip(self.samples, good) if not fine]:
             say(f"note: {self.root}: left out {len(bad)} of {len(good)} images: "
                 f"{', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}", sys.stderr)
         self.samples = [sample for sample, fine in zip(self.samples, good) if fine]
-        self.targets = [label for _, label in self.samples]
-        if not self.samples:
-            raise UserError(f"{self.root} has no image that can be read")
 
 
-def load_folder(args: argparse.Namespace, train: bool, crop: bool,
-                classes: list[str] | None) -> Dataset:
-    root, size, small = Path(args.data_dir), args.img_size, args.img_size <= SMALL
-    names = ("train",) if train else ("test", "val")
+def load_folder(args: argparse.Namespace, train: bool, classes: list[str] | None) -> Dataset:
+    root, names = Path(args.data_dir), ("train",) if train else ("test", "val")
     path = next((root / name for name in names if (root / name).is_dir()), None)
     if path is None:
         raise UserError(f"--data-dir {root} has no {'/ or '.join(names)}/; it must hold train/ and "
                         "val/ or test/, each with a folder for each class")
-    if crop and not small:
-        cut = [T.RandomResizedCrop(size, (args.crop_scale, 1), interpolation=3)]  # 3: bicubic
-    else:  # the middle; of larger images 7/8 of the shorter side, as the authors evaluate
-        cut = [T.Resize(size if small else round(size / 0.875), interpolation=3),
-               T.CenterCrop(size)]
-    data = Folder(path, T.Compose([*cut, T.PILToTensor()]), classes)
-    if args.skip_bad:
-        data.skip_bad(args.workers)
-    if not small:
+    data = Folder(path, args, classes)
+    if args.img_size > SMALL:
         return data
     loader = batches(data, 500, args.workers)
     parts = list(tqdm(loader, f"reading {path}", disable=None, leave=False))
@@ -409,11 +397,11 @@ def draw_shapes(count: int, size: int, seed: int) -> InMemory:
     return InMemory((images.clamp(0, 1) * 255).byte(), labels, list(SHAPES))
 
 
-def load_split(args: argparse.Namespace, train: bool, *, crop: bool = False,
+def load_split(args: argparse.Namespace, train: bool,
                classes: list[str] | None = None) -> Dataset:
-    """The training or the test images; `crop` is for training on images too large to keep."""
+    """The training or the test images, nothing about them random yet."""
     if args.dataset == "folder":
-        return load_folder(args, train, crop, classes)
+        return load_folder(args, train, classes)
     if args.dataset == "synthetic":
         return draw_shapes(5000 if train else 1000, args.img_size, seed=int(train))
     if args.img_size != 32:
@@ -426,11 +414,6 @@ def leave_group(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setsid"):  # not on Windows
         os.setsid()
-
-
-def as_is(batch: Any) -> Any:
-    """For collate_fn: `__getitems__` has collated. (A lambda could not be sent to the workers.)"""
-    return batch
 
 
 def batches(data: Dataset, batch_size: int, workers: int, *, seed: int | None = None,
@@ -446,7 +429,7 @@ def batches(data: Dataset, batch_size: int, workers: int, *, seed: int | None = 
     return DataLoader(
         data, batch_sampler=[part.tolist() for part in order.split(batch_size)][first:],
         num_workers=0 if isinstance(source, InMemory) else workers,
-        worker_init_fn=leave_group, pin_memory=torch.cuda.is_available(), collate_fn=as_is)
+        worker_init_fn=leave_group, pin_memory=torch.cuda.is_available(), collate_fn=tuple)
 
 
 def channel_statistics(data: Dataset, workers: int) -> tuple[Tensor, Tensor]:
@@ -471,9 +454,10 @@ class Data(NamedTuple):
 
 
 def prepare_data(args: argparse.Namespace, device: torch.device) -> Data:
-    train, val = load_split(args, train=True, crop=True), None
-    plain = train if isinstance(train, InMemory) else load_split(args, train=True)
-    classes, statistics = train.classes, channel_statistics(plain, args.workers)
+    plain, val = load_split(args, train=True), None
+    train, classes = copy(plain), plain.classes
+    if isinstance(train, Folder):  # too large to be kept, and cropped at random when all are
+        train.cut = T.RandomResizedCrop(args.img_size, (args.crop_scale, 1), interpolation=3)
     test = load_split(args, train=False, classes=classes)
     if args.val_size:
         if args.val_size >= len(train):
@@ -481,7 +465,8 @@ def prepare_data(args: argparse.Namespace, device: torch.device) -> Data:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         val = Subset(plain, order[: args.val_size])
         train = Subset(train, order[args.val_size :])
-    return Data(train, val, test, classes, *(s.to(device) for s in statistics))
+    mean, std = channel_statistics(plain, args.workers)
+    return Data(train, val, test, classes, mean.to(device), std.to(device))
 
 
 # --- 3. Augmentation ----------------------------------------------------------------------------
@@ -729,7 +714,7 @@ class Run:
     args: argparse.Namespace
     data: Data
     precision: torch.dtype
-    model: ConvNeXt
+    model: convnext.ConvNeXt
     ema: AveragedModel | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -796,8 +781,8 @@ class Run:
             self.unwritten[name] = str(error).splitlines()[0]
 
 
-def build_model(args: argparse.Namespace, classes: int) -> ConvNeXt:
-    return create_convnext(
+def build_model(args: argparse.Namespace, classes: int) -> convnext.ConvNeXt:
+    return convnext.create_convnext(
         args.variant, num_classes=classes, patch_size=args.patch_size, drop_path=args.drop_path,
         layer_scale=args.layer_scale)
 
@@ -885,7 +870,7 @@ def read_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        state, metadata = read_file(path)
+        state, metadata = convnext.read_file(path)
         if metadata:
             state = {k: json.loads(text) for k, text in metadata.items() if k != "checksum"} | {
                 "weights": state}
@@ -916,7 +901,7 @@ def save(run: Run) -> None:
     if len(run.history) == run.args.epochs:
         tensors = {k: v.cpu().contiguous() for k, v in (state["ema"] or state["model"]).items()}
         header = {k: json.dumps(state[k]) for k in ("args", "classes", "mean", "std")}
-        header["checksum"] = checksum(tensors, header)
+        header["checksum"] = convnext.checksum(tensors, header)
         run.write("weights.safetensors", lambda path: save_file(tensors, path, header))
     run.write("last.pt", lambda path: torch.save(state, path))
     columns = list(max(run.history, key=len, default={}))
@@ -933,7 +918,7 @@ def describe(run: Run) -> None:
     text = json.dumps({"argv": sys.argv, "args": vars(args), "versions": versions}, indent=2)
     (run.folder / "args.json").write_text(text + "\n")
     with torch.device("meta"):
-        macs = count_macs(build_model(args, len(data.classes)), args.img_size)
+        macs = convnext.count_macs(build_model(args, len(data.classes)), args.img_size)
     size = sum(p.numel() for p in run.model.parameters())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     held_out = f" + {len(data.val):,} held-out" if data.val else ""
