@@ -820,7 +820,7 @@ def test_classes_are_matched_by_name(tmp_path, capsys):
     args = arguments("--dataset", "folder", "--data-dir", str(root))
     (root / "val" / "a dog").rename(root / "gone")
     val = train.load_split(args, train=False, classes=["a dog", "b cat"])
-    assert set(val.labels.tolist()) == {1} and "has no a dog" in capsys.readouterr().err
+    assert set(val.labels.tolist()) == {1} and "has no images of a dog" in capsys.readouterr().err
     (root / "gone").rename(root / "val" / "wolf")
     with pytest.raises(train.UserError, match="classes that training has not: wolf"):
         train.load_split(args, train=False, classes=["a dog", "b cat"])

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ class UserError(Exception):
     """Something that the user can mend; shown as one line, without a traceback."""
 
 
-def say(text: str, file: Any = None) -> None:
+def say(text: str, file: TextIO | None = None) -> None:
     """Print above the progress bar. Whoever read it may have gone, as `head` does: go on."""
     try:
         tqdm.write(text, file)
@@ -346,8 +346,8 @@ def load_folder(args: argparse.Namespace, train: bool, classes: list[str] | None
     data = Folder(path, args, classes)
     if args.img_size > SMALL:
         return data
-    loader = batches(data, 500, args.workers)
-    parts = list(tqdm(loader, f"reading {path}", disable=None, leave=False))
+    parts = list(tqdm(batches(data, 500, args.workers), f"reading {path}", unit="batch",
+                      total=math.ceil(len(data) / 500), disable=None, leave=False))
     images, labels = (torch.cat(part) for part in zip(*parts))
     return InMemory(images, labels, data.classes)
 
@@ -409,6 +409,32 @@ def load_split(args: argparse.Namespace, train: bool,
     return load_cifar10(args.data_dir, train)
 
 
+class Stopped(BaseException):
+    """Ctrl-C, or SIGTERM from a scheduler. No Exception, lest somebody take it for an error."""
+
+
+received: list[int] = []  # the signal that `batches` is to act on
+
+
+@contextlib.contextmanager
+def between_batches() -> Iterator[None]:
+    """Have SIGINT and SIGTERM stop the program between batches; a second one acts as always.
+
+    (In the middle of a step, only half of the weights would be updated.)
+    """
+    def receive(number: int, _frame: Any) -> None:
+        received.append(number)
+        handlers.close()
+
+    with contextlib.ExitStack() as handlers:  # closing it brings back those of before
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers.callback(signal.signal, number, signal.signal(number, receive))
+        try:
+            yield
+        finally:
+            received.clear()
+
+
 def leave_group(_worker: int) -> None:
     """Signals to the whole group, as Ctrl-C sends, are for the main process to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -417,7 +443,7 @@ def leave_group(_worker: int) -> None:
 
 
 def batches(data: Dataset, batch_size: int, workers: int, *, seed: int | None = None,
-            first: int = 0) -> DataLoader:
+            first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches in order; or, with a seed, one epoch of training, from batch number `first` on:
     shuffled, and without a last incomplete batch, unless it is the only one."""
     source = data.dataset if isinstance(data, Subset) else data
@@ -426,10 +452,14 @@ def batches(data: Dataset, batch_size: int, workers: int, *, seed: int | None = 
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         order = order[: max(1, len(data) // batch_size) * batch_size]
         source.seed = seed
-    return DataLoader(
+    loader = DataLoader(
         data, batch_sampler=[part.tolist() for part in order.split(batch_size)][first:],
         num_workers=0 if isinstance(source, InMemory) else workers,
         worker_init_fn=leave_group, pin_memory=torch.cuda.is_available(), collate_fn=tuple)
+    for batch in loader:
+        if received:
+            raise Stopped(received[0])
+        yield batch
 
 
 def channel_statistics(data: Dataset, workers: int) -> tuple[Tensor, Tensor]:
@@ -704,33 +734,56 @@ def evaluate(model: nn.Module, images: Dataset, mean: Tensor, std: Tensor, worke
 # --- 6. The run ---------------------------------------------------------------------------------
 
 
-NOTHING = {"step": 0, "loss": 0.0, "seconds": 0.0, "waited": 0.0}  # at the start of an epoch
+def build_model(args: argparse.Namespace, classes: int) -> convnext.ConvNeXt:
+    return convnext.create_convnext(
+        args.variant, num_classes=classes, patch_size=args.patch_size, drop_path=args.drop_path,
+        layer_scale=args.layer_scale)
 
 
-@dataclass
+def keep_freed_memory() -> None:
+    """Have glibc, Linux's C library, keep freed memory instead of returning it to the kernel.
+
+    Otherwise each step's activations go back, and the kernel hands the next step the same pages
+    anew, one by one and filled with zeros: a quarter of a step's time on a CPU.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4  # as in malloc.h
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_max, 0)
+
+
 class Run:
     """All that a run consists of; `state` is the part that cannot be made anew."""
 
-    args: argparse.Namespace
-    data: Data
-    precision: torch.dtype
-    model: convnext.ConvNeXt
-    ema: AveragedModel | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    steps: int  # in an epoch
-    step: int  # of the run, the next one
-    history: list[dict]  # a row for each epoch; metrics.csv
-    so_far: dict[str, float]  # of the epoch that is going on
-    unwritten: dict[str, str]  # files that could not be written, and why
+    def __init__(self, args: argparse.Namespace, checkpoint: dict | None) -> None:
+        device = pick_device(args.device)
+        self.args, self.folder = args, Path(args.output)
+        self.precision = pick_precision(args.amp, device)
+        self.data = prepare_data(args, device)
+        self.steps = max(1, len(self.data.train) // args.batch_size)  # in an epoch
+        self.total = self.steps * args.epochs
+        self.step = 0  # of the run, the next one
+        self.history: list[dict] = []  # a row for each epoch; metrics.csv
+        self.so_far: dict[str, Any] = {}  # sums over the epoch that is going on
+        self.finite: dict[str, float] = {}  # what `check` saw last
+        self.unwritten: dict[str, str] = {}  # files that could not be written, and why
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.args.output)
-
-    @property
-    def total(self) -> int:
-        return self.steps * self.args.epochs
+        keep_freed_memory()
+        torch.set_float32_matmul_precision("high")  # TensorFloat-32, on GPUs that have it
+        torch.backends.cudnn.benchmark = True  # all batches have one size: find its fastest kernels
+        torch.manual_seed(args.seed)
+        self.model = build_model(args, len(self.data.classes)).to(
+            device, memory_format=torch.channels_last)
+        self.ema = make_ema(self.model, args.ema_horizon, self.total)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, args.weight_decay), lr=args.lr, fused=True)
+        # float16 alone has too small a range for gradients: they are scaled up, and back down
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        if checkpoint:
+            self.load_state(checkpoint)
+        if args.compile:
+            self.model.compile()  # in place: the names in the checkpoint stay as they are
 
     @property
     def lr(self) -> float:
@@ -758,85 +811,55 @@ class Run:
             "scaler": self.scaler.state_dict()}
 
     def load_state(self, state: dict) -> None:
+        if (self.steps, self.data.classes) != (state["steps"], state["classes"]):
+            raise UserError(f"{self.args.resume} was trained on other images than these")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # a run in float16
             self.scaler.load_state_dict(state["scaler"])
-        self.history, self.step, self.so_far = state["history"], state["step"], state["so_far"]
+        self.step, self.history, self.so_far = state["step"], state["history"], state["so_far"]
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
             self.ema.n_averaged.fill_(self.step)  # at 0 the next update would not average but copy
-
+        self.finite = {"loss": row["train_loss"] for row in self.history[-1:]}
+        before, now = state["args"]["epochs"], self.args.epochs
+        if before != now and self.step < self.total:
+            lr = self.optimizer.param_groups[0]["lr"]
+            say(f"note: {before} -> {now} epochs: the learning rate, {lr:.1e} so far, goes on with "
+                f"{self.lr:.1e} and falls to {self.args.min_lr:.1e} at the new end", sys.stderr)
 
     def write(self, name: str, to: Callable[[Path], Any]) -> None:
-        """Replace a file of the run folder. If that fails keep the old one, warn once and go on."""
+        """Replace a file of the run folder. If that fails keep the old one, warn once and go on.
+
+        Whenever the power fails, the file is the old one or the new one, never a part of it.
+        """
+        path = self.folder / name
+        temporary = self.folder / f"{name}.tmp"
         try:
-            write_atomically(self.folder / name, to)
+            to(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            if fcntl:  # where a folder can be opened, its entry for the file can be made to last
+                folder = os.open(self.folder, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
             self.unwritten.pop(name, None)
         except Exception as error:  # noqa: BLE001, each library reports a full disk in its own way
             if not self.unwritten:
                 free = shutil.disk_usage(self.folder).free / 1e6
-                say(f"warning: cannot write {self.folder / name}, will try again after the next "
-                    f"epoch; {free:,.0f} MB are free there ({error})".splitlines()[0], sys.stderr)
+                say(f"warning: cannot write {path}, will try again after the next epoch; "
+                    f"{free:,.0f} MB are free there ({error})".splitlines()[0], sys.stderr)
             self.unwritten[name] = str(error).splitlines()[0]
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def build_model(args: argparse.Namespace, classes: int) -> convnext.ConvNeXt:
-    return convnext.create_convnext(
-        args.variant, num_classes=classes, patch_size=args.patch_size, drop_path=args.drop_path,
-        layer_scale=args.layer_scale)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc, Linux's C library, keep freed memory instead of returning it to the kernel.
-
-    Otherwise each step's activations go back, and the kernel hands the next step the same pages
-    anew, one by one and filled with zeros: a quarter of a step's time on a CPU.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        m_trim_threshold, m_mmap_max = -1, -4  # as in malloc.h
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_mmap_max, 0)
-
-
-def set_up(args: argparse.Namespace, checkpoint: dict | None) -> Run:
-    device = pick_device(args.device)
-    keep_freed_memory()
-    precision = pick_precision(args.amp, device)
-    torch.set_float32_matmul_precision("high")  # TensorFloat-32, on GPUs that have it
-    torch.backends.cudnn.benchmark = True  # all batches have one size: find its fastest kernels
-    data = prepare_data(args, device)
-    torch.manual_seed(args.seed)
-    model = build_model(args, len(data.classes)).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay), lr=args.lr, fused=True)
-    steps = len(batches(data.train, args.batch_size, 0, seed=0))
-    run = Run(
-        args, data, precision, model, make_ema(model, args.ema_horizon, steps * args.epochs),
-        optimizer,
-        # float16 alone has too small a range for gradients: they are scaled up, and back down
-        torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
-        steps, step=0, history=[], so_far=dict(NOTHING), unwritten={})
-    if checkpoint:
-        if (steps, data.classes) != (checkpoint["steps"], checkpoint["classes"]):
-            raise UserError(f"{args.resume} was trained on other images than these")
-        run.load_state(checkpoint)
-        if args.epochs != (before := checkpoint["args"]["epochs"]) and run.step < run.total:
-            lr = optimizer.param_groups[0]["lr"]
-            say(f"note: {before} -> {args.epochs} epochs: the learning rate, {lr:.1e} so far, goes "
-                f"on with {run.lr:.1e} and falls to {args.min_lr:.1e} at the new end", sys.stderr)
-    if args.compile:
-        model.compile()  # in place, so the names in the checkpoint stay as they are
-    return run
-
-
-@contextlib.contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Make the run folder and lock it; clear away what a killed run had begun to write."""
+def claim(folder: Path) -> TextIO:
+    """Make the run folder, clear away what a killed run had begun to write, return the lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115, unlocked when the program ends, anyhow
+        lock = open(folder / ".lock", "w")  # noqa: SIM115, unlocked when closed, or killed
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for unfinished in folder.glob("*.tmp"):
@@ -845,24 +868,7 @@ def claim(folder: Path) -> Iterator[None]:
         raise UserError(f"another run is writing to {folder}") from error
     except OSError as error:
         raise UserError(f"cannot write to --output {folder} ({error.strerror})") from error
-    with lock:
-        yield
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Whenever the power fails, `path` is the old file or the new one, never a part of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if fcntl:  # where a folder can be opened, its entry for the file can be made to last
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return lock
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -889,14 +895,12 @@ def save(run: Run) -> None:
 
     In this order: a run that is killed between two of them repeats the epoch, and all three.
     """
+    check(run)
     state = run.state()
-    if not torch.stack([p.sum() for p in run.model.parameters()]).isfinite().all():
-        raise UserError(f"the weights are no longer finite at step {run.step}, at lr {run.lr:.1e}: "
-                        f"{REMEDY}. The files in {run.folder} stay as they were before")
     metric = "val_ema_top1" if run.ema else "val_top1"
-    scores = [row.get(metric, -1.0) for row in run.history]
-    at_end_of_epoch = run.so_far == NOTHING
-    if run.data.val and at_end_of_epoch and scores[-1] > max(scores[:-1], default=-1.0):
+    scores = [row.get(metric, -1.0) for row in run.history] or [-1.0]
+    at_end_of_epoch = run.step == len(run.history) * run.steps
+    if at_end_of_epoch and scores[-1] > max(scores[:-1], default=-1.0):
         run.write("best.pt", lambda path: torch.save(state, path))
     if len(run.history) == run.args.epochs:
         tensors = {k: v.cpu().contiguous() for k, v in (state["ema"] or state["model"]).items()}
@@ -954,39 +958,9 @@ def log(run: Run, writer: SummaryWriter, seconds_left: float) -> None:
 # --- 7. Training --------------------------------------------------------------------------------
 
 CHECK_EVERY = 50  # steps: looking at the loss makes the processor wait for a GPU
-REMEDY = "try a lower --lr, --clip-grad 1 or --amp off"
 
 
-class Stopped(BaseException):
-    """Ctrl-C, or SIGTERM from a scheduler. No Exception, lest somebody take it for an error."""
-
-
-class Signals:
-    """Make `Stopped` of the first signal, once `wait` is False; the second acts as it always does.
-
-    A step that is cut short would leave half of the weights updated: while training, the loop asks
-    after each step.
-    """
-
-    wait, pending = False, 0
-
-    def __enter__(self) -> "Signals":  # noqa: PYI034, Self wants Python 3.11
-        self.before = {number: signal.signal(number, self.receive)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def receive(self, number: int, _frame: Any) -> None:
-        self.pending = number
-        self.__exit__()
-        if not self.wait:
-            raise Stopped(number)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def train_epoch(run: Run, signals: Signals, progress: tqdm) -> dict[str, float]:
+def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
     """The rest of an epoch -> its row for metrics.csv."""
     args, data, model, optimizer, scaler = (
         run.args, run.data, run.model, run.optimizer, run.scaler)
@@ -994,18 +968,20 @@ def train_epoch(run: Run, signals: Signals, progress: tqdm) -> dict[str, float]:
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     # All that is random follows from the seed and the epoch or step: a resumed run draws the same.
     # (A large factor, so that step 2 of seed 0 is not step 1 of another seed.)
+    done = run.step - epoch * run.steps
     loader = batches(data.train, args.batch_size, args.workers,
-                     seed=-args.seed - 1_000_003 * (epoch + 1), first=run.step - epoch * run.steps)
-    loss_sum = torch.tensor(run.so_far["loss"], device=device)
-    waited, step_ended = run.so_far["waited"], time.perf_counter()
-    began = step_ended - run.so_far["seconds"]
+                     seed=-args.seed - 1_000_003 * (epoch + 1), first=done)
+    if not done:
+        run.so_far = {"loss": torch.zeros(()), "seconds": 0.0, "waiting": 0.0}
+    so_far, ended = run.so_far, time.perf_counter()
+    so_far["loss"] = so_far["loss"].to(device)
     model.train()
     for images, labels in loader:
         torch.manual_seed(args.seed + 1_000_003 * (run.step + 1))
         x, y = augment(args, data, images.to(device, non_blocking=True),
                        labels.to(device, non_blocking=True),
                        mix=epoch < args.epochs - args.mix_off_epochs)
-        waited += time.perf_counter() - step_ended
+        so_far["waiting"] += time.perf_counter() - ended  # for images, and their augmentation
         for group in optimizer.param_groups:
             group["lr"] = run.lr
 
@@ -1015,7 +991,7 @@ def train_epoch(run: Run, signals: Signals, progress: tqdm) -> dict[str, float]:
                 logits = model(xs)
             loss = criterion(logits.float(), ys) * (len(xs) / len(x))
             scaler.scale(loss).backward()
-            loss_sum += loss.detach()
+            so_far["loss"] += loss.detach()
         if args.clip_grad:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
@@ -1027,53 +1003,49 @@ def train_epoch(run: Run, signals: Signals, progress: tqdm) -> dict[str, float]:
         # ----------------------------------------------------------------------------------------
         run.step += 1
         progress.update()
-        step_ended = time.perf_counter()
-        done = run.step - epoch * run.steps
-        if signals.pending or done % CHECK_EVERY == 0 or done == run.steps:
-            check_loss(run, loss_sum.item(), done, optimizer.param_groups[0]["lr"])
-            run.so_far = {"step": done, "loss": loss_sum.item(), "waited": waited,
-                          "seconds": time.perf_counter() - began}
-        if signals.pending:
-            raise Stopped(signals.pending)
-    seconds = run.so_far["seconds"]
-    return {"epoch": epoch + 1, "step": run.step, "train_loss": run.so_far["loss"] / run.steps,
-            "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
-            "images_per_s": run.steps * min(args.batch_size, len(data.train)) / seconds,
-            "data_share": run.so_far["waited"] / seconds}  # loading and augmentation
+        if run.step % CHECK_EVERY == 0 or run.step == (epoch + 1) * run.steps:
+            check(run)
+        before, ended = ended, time.perf_counter()
+        so_far["seconds"] += ended - before
+    return {"epoch": epoch + 1, "step": run.step, "train_loss": so_far["loss"].item() / run.steps,
+            "lr": optimizer.param_groups[0]["lr"], "seconds": so_far["seconds"],
+            "images_per_s": run.steps * min(args.batch_size, len(data.train)) / so_far["seconds"],
+            "data_share": so_far["waiting"] / so_far["seconds"]}
 
 
-def check_loss(run: Run, loss_sum: float, done: int, lr: float) -> None:
-    """Refuse to go on, and to save, once the loss is infinite or no number."""
-    finite = [row["train_loss"] for row in run.history]
-    if run.so_far["step"]:
-        finite.append(run.so_far["loss"] / run.so_far["step"])
-    if not math.isfinite(loss_sum):
-        raise UserError(f"the loss became {loss_sum} by step {done} of epoch "
-                        f"{len(run.history) + 1}, at lr {lr:.1e}"
-                        f"{f', {finite[-1]:.3f} before' if finite else ''}: {REMEDY}. "
-                        f"The files in {run.folder} stay as they were before")
+@torch.no_grad()
+def check(run: Run) -> None:
+    """Refuse to go on, and to save, once the loss or the weights are infinite or no number."""
+    epoch, done = divmod(run.step - 1, run.steps)
+    when = (f"by step {done + 1} of epoch {epoch + 1}, at lr "
+            f"{run.optimizer.param_groups[0]['lr']:.1e}")
+    remedy = (f"try a lower --lr, --clip-grad 1, or --amp bf16 or off. The files in {run.folder} "
+              "stay as they were before")
+    for name, value in (("loss", run.so_far["loss"] / (done + 1)),
+                        ("norm of the weights", nn.utils.get_total_norm(run.model.parameters()))):
+        if not value.isfinite():
+            before = f", {run.finite[name]:.3f} before" if name in run.finite else ""
+            raise UserError(f"the {name} became {value.item()} {when}{before}: {remedy}")
+        run.finite[name] = value.item()
     if run.scaler.is_enabled() and run.scaler.get_scale() < 1:
-        raise UserError(f"float16 has no scale left at which the gradients are finite, by step "
-                        f"{done} of epoch {len(run.history) + 1}: {REMEDY}, or --amp bf16")
+        raise UserError("float16 has no scale left at which the gradients are finite, "
+                        f"{when}: {remedy}")
 
 
 def train(run: Run) -> None:
     """From where the run stands to its end."""
     args, data = run.args, run.data
     describe(run)
-    with Signals() as signals, tqdm(
+    with between_batches(), tqdm(
             total=run.total, initial=run.step, unit="step", disable=None) as progress:
         writer = SummaryWriter(run.folder, purge_step=len(run.history) + 1)
         started, first = time.perf_counter(), run.step
         try:
             for epoch in range(len(run.history), args.epochs):
-                signals.wait = True
-                row = train_epoch(run, signals, progress)
-                signals.wait = False
+                row = train_epoch(run, progress)
                 if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
                     row |= run.measure("val" if data.val else "test")
                 run.history.append(row)
-                run.so_far = dict(NOTHING)
                 save(run)
                 a_step = (time.perf_counter() - started) / max(1, run.step - first)
                 log(run, writer, a_step * (run.total - run.step))
@@ -1101,12 +1073,13 @@ def report(path: Path, args: argparse.Namespace, test: Dataset | None = None) ->
 
 
 WHAT_HELPS = {  # in an error of PyTorch's -> what to do about it
-    "out of memory|can't allocate memory|Unable to allocate":
+    "out of memory|can(not|'t) allocate memory|Unable to allocate":
         "--accumulate 2 (or 4 ...) takes the same steps in less memory; a smaller --batch-size, "
         "--img-size or --variant needs less, too",
     "DataLoader worker|shared memory|Too many open files":
         "a process that reads images has ended, often for lack of memory; try fewer --workers, "
         "or --workers 0",
+    "No space left|quota exceeded": "make room, or give another --output",
 }
 
 
@@ -1123,15 +1096,15 @@ def main(argv: list[str]) -> int:
     resume = f"python train.py --resume {shlex.quote(str(last))}"
     with claim(Path(args.output)):
         try:
-            run = set_up(args, checkpoint)
+            run = Run(args, checkpoint)
             train(run)
         except Stopped as stopped:
             say(f"stopped; to go on: {resume}", sys.stderr)
             return 128 + stopped.args[0]
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             message = str(error) or "out of memory"
             for pattern, help_ in WHAT_HELPS.items():
-                if re.search(pattern, message):
+                if re.search(pattern, message, re.IGNORECASE):
                     saved = f"; to go on from the last epoch: {resume}" if last.exists() else ""
                     raise UserError(f"{message.splitlines()[0]}: {help_}{saved}") from error
             raise
