@@ -74,6 +74,32 @@ def say(text: str, file: TextIO | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
+class Stopped(BaseException):
+    """Ctrl-C, or SIGTERM from a scheduler. No Exception, lest somebody take it for an error."""
+
+
+received: list[int] = []  # the signal for which `batches` raises Stopped
+
+
+@contextlib.contextmanager
+def stop_between_batches() -> Iterator[None]:
+    """On the first SIGINT or SIGTERM finish the batch: half a step would update half the weights.
+
+    The second acts as it always does.
+    """
+    def receive(number: int, _frame: Any) -> None:
+        received.append(number)
+        handlers.close()
+
+    with contextlib.ExitStack() as handlers:  # when closed it puts back the handlers of before
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers.callback(signal.signal, number, signal.signal(number, receive))
+        try:
+            yield
+        finally:
+            received.clear()
+
+
 # --- 1. Arguments -------------------------------------------------------------------------------
 
 
@@ -86,9 +112,9 @@ def number(kind: type, interval: str) -> Callable[[str], Any]:
             value = kind(text)
         except ValueError:
             value = math.nan  # not in any interval
-        inside = (low <= value if interval[0] == "[" else low < value) and (
-            value <= high if interval[-1] == "]" else value < high)
-        if not inside:
+        above = low <= value if interval[0] == "[" else low < value
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {what} in {interval}, not {text!r}")
         return value
@@ -136,13 +162,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--mixup", type=real("[0, inf)"), default=0.8, help="alpha")
     add("--cutmix", type=real("[0, inf)"), default=1.0, help="alpha")
     add("--mix-prob", type=real("[0, 1]"), default=1.0, help="chance that a batch is mixed")
-    add("--mix-off-epochs", type=whole("[0, inf)"), metavar="N",
-        help="unmixed at the end; default 1/10")
+    add("--mix-off-epochs", type=whole("[0, inf)"), metavar="N", help="last, unmixed; default 1/10")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole("[1, inf)"), default=100, help="passes over the data")
     add("--batch-size", "-b", type=whole("[1, inf)"), default=128, help="images a step")
-    add("--accumulate", type=whole("[1, inf)"), default=1,
-        help="parts of a batch: the same step in less memory")
+    add("--accumulate", type=whole("[1, inf)"), default=1, help="parts of a batch, to save memory")
     add("--lr", type=real("(0, inf)"), default=1e-3, help="highest learning rate")
     add("--min-lr", type=real("[0, inf)"), default=1e-6, help="last learning rate")
     add("--warmup-epochs", type=real("[0, inf)"), metavar="N", help="default 1/20 of the run")
@@ -247,24 +271,21 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
 
 
 # --- 2. Data ------------------------------------------------------------------------------------
-# A data set has `classes`, and `__getitems__`, which the DataLoader calls once for a whole batch
-# where there is one: indices -> images (b, 3, h, w) in bytes and labels (b,), collated already.
-
 SMALL = 64  # up to this side images are kept in memory; larger ones are read as they are needed
 
 
 @dataclass
 class InMemory(Dataset):
-    """Images small enough to be decoded once and kept."""
+    """Images small enough to be decoded once and kept. Indexed by a whole batch at a time."""
 
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # (n, 3, h, w), bytes
+    labels: Tensor  # (n,)
     classes: list[str]
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.images[indices], self.labels[indices]
 
 
@@ -281,15 +302,15 @@ class Folder(Dataset):
     def __init__(self, root: Path, args: argparse.Namespace, classes: list[str] | None) -> None:
         found = sorted(entry.name for entry in os.scandir(root)
                        if entry.is_dir() and not entry.name.startswith("."))
-        self.classes = classes or found
+        self.root, self.classes = root, classes or found
         if len(self.classes) < 2:
             raise UserError(f"{root} must have two class folders or more, not {len(found)}")
         if unknown := sorted(set(found) - set(self.classes)):
             raise UserError(f"{root} has classes that training has not: {', '.join(unknown)}")
-        size, larger = args.img_size, args.img_size > SMALL
         # the middle; of larger images 7/8 of the shorter side, as the authors evaluate
-        self.cut = T.Compose([T.Resize(round(size / 0.875) if larger else size, interpolation=3),
-                              T.CenterCrop(size)])  # 3: bicubic
+        side = args.img_size if args.img_size <= SMALL else round(args.img_size / 0.875)
+        bicubic = T.Resize(side, interpolation=T.InterpolationMode.BICUBIC)
+        self.cut = T.Compose([bicubic, T.CenterCrop(args.img_size)])
         labels = {name: label for label, name in enumerate(self.classes)}
         self.samples = make_dataset(str(root), labels, IMG_EXTENSIONS, allow_empty=True)
         if args.skip_bad:
@@ -303,14 +324,10 @@ class Folder(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        images, labels = [], []
-        for i in indices:
-            path, label = self.samples[i]
-            torch.manual_seed(self.seed - i)
-            images.append(TF.pil_to_tensor(self.cut(self.read(path))))
-            labels.append(label)
-        return torch.stack(images), torch.tensor(labels)
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        torch.manual_seed(self.seed - index)
+        return TF.pil_to_tensor(self.cut(self.read(path))), label
 
     def read(self, path: str) -> Image.Image:
         try:
@@ -409,32 +426,6 @@ def load_split(args: argparse.Namespace, train: bool,
     return load_cifar10(args.data_dir, train)
 
 
-class Stopped(BaseException):
-    """Ctrl-C, or SIGTERM from a scheduler. No Exception, lest somebody take it for an error."""
-
-
-received: list[int] = []  # the signal that `batches` is to act on
-
-
-@contextlib.contextmanager
-def between_batches() -> Iterator[None]:
-    """Have SIGINT and SIGTERM stop the program between batches; a second one acts as always.
-
-    (In the middle of a step, only half of the weights would be updated.)
-    """
-    def receive(number: int, _frame: Any) -> None:
-        received.append(number)
-        handlers.close()
-
-    with contextlib.ExitStack() as handlers:  # closing it brings back those of before
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers.callback(signal.signal, number, signal.signal(number, receive))
-        try:
-            yield
-        finally:
-            received.clear()
-
-
 def leave_group(_worker: int) -> None:
     """Signals to the whole group, as Ctrl-C sends, are for the main process to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -452,10 +443,12 @@ def batches(data: Dataset, batch_size: int, workers: int, *, seed: int | None = 
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         order = order[: max(1, len(data) // batch_size) * batch_size]
         source.seed = seed
-    loader = DataLoader(
-        data, batch_sampler=[part.tolist() for part in order.split(batch_size)][first:],
-        num_workers=0 if isinstance(source, InMemory) else workers,
-        worker_init_fn=leave_group, pin_memory=torch.cuda.is_available(), collate_fn=tuple)
+    parts, pin = [part.tolist() for part in order.split(batch_size)], torch.cuda.is_available()
+    if isinstance(source, InMemory):
+        loader = DataLoader(data, batch_size=None, sampler=parts[first:], pin_memory=pin)
+    else:
+        loader = DataLoader(data, batch_sampler=parts[first:], num_workers=workers,
+                            worker_init_fn=leave_group, pin_memory=pin)
     for batch in loader:
         if received:
             raise Stopped(received[0])
@@ -486,8 +479,9 @@ class Data(NamedTuple):
 def prepare_data(args: argparse.Namespace, device: torch.device) -> Data:
     plain, val = load_split(args, train=True), None
     train, classes = copy(plain), plain.classes
-    if isinstance(train, Folder):  # too large to be kept, and cropped at random when all are
-        train.cut = T.RandomResizedCrop(args.img_size, (args.crop_scale, 1), interpolation=3)
+    if isinstance(train, Folder):  # images too large to be kept: crop at random while reading
+        train.cut = T.RandomResizedCrop(args.img_size, (args.crop_scale, 1),
+                                        interpolation=T.InterpolationMode.BICUBIC)
     test = load_split(args, train=False, classes=classes)
     if args.val_size:
         if args.val_size >= len(train):
@@ -746,11 +740,9 @@ def keep_freed_memory() -> None:
     Otherwise each step's activations go back, and the kernel hands the next step the same pages
     anew, one by one and filled with zeros: a quarter of a step's time on a CPU.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        m_trim_threshold, m_mmap_max = -1, -4  # as in malloc.h
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_mmap_max, 0)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD in malloc.h
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
 
 
 class Run:
@@ -821,7 +813,8 @@ class Run:
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
             self.ema.n_averaged.fill_(self.step)  # at 0 the next update would not average but copy
-        self.finite = {"loss": row["train_loss"] for row in self.history[-1:]}
+        if self.history:
+            self.finite["loss"] = self.history[-1]["train_loss"]
         before, now = state["args"]["epochs"], self.args.epochs
         if before != now and self.step < self.total:
             lr = self.optimizer.param_groups[0]["lr"]
@@ -833,8 +826,7 @@ class Run:
 
         Whenever the power fails, the file is the old one or the new one, never a part of it.
         """
-        path = self.folder / name
-        temporary = self.folder / f"{name}.tmp"
+        path, temporary = self.folder / name, self.folder / f"{name}.tmp"
         try:
             to(temporary)
             with open(temporary, "rb+") as file:
@@ -927,14 +919,14 @@ def describe(run: Run) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     held_out = f" + {len(data.val):,} held-out" if data.val else ""
     say(f"model   ConvNeXt-{args.variant}, patch size {args.patch_size}: {size:,} parameters, "
-          f"{macs / 1e9:.3f} GMACs at {args.img_size}x{args.img_size}\n"
-          f"data    {args.dataset}: {len(data.train):,} training{held_out} + {len(data.test):,} "
-          f"test images, {len(data.classes)} classes ({', '.join(data.classes[:4])}, ...)\n"
-          f"device  {device.type} ({name}), {str(run.precision)[6:]}, torch {torch.__version__}"
-          f"{', compiled' if args.compile else ''}\n"
-          f"steps   {args.epochs} epochs x {run.steps} of {args.batch_size} images, "
-          f"lr {args.lr:g}, weight decay {args.weight_decay:g}, seed {args.seed}\n"
-          f"run     {run.folder}")
+        f"{macs / 1e9:.3f} GMACs at {args.img_size}x{args.img_size}\n"
+        f"data    {args.dataset}: {len(data.train):,} training{held_out} + {len(data.test):,} "
+        f"test images, {len(data.classes)} classes ({', '.join(data.classes[:4])}, ...)\n"
+        f"device  {device.type} ({name}), {str(run.precision)[6:]}, torch {torch.__version__}"
+        f"{', compiled' if args.compile else ''}\n"
+        f"steps   {args.epochs} epochs x {run.steps} of {args.batch_size} images, "
+        f"lr {args.lr:g}, weight decay {args.weight_decay:g}, seed {args.seed}\n"
+        f"run     {run.folder}")
 
 
 def log(run: Run, writer: SummaryWriter, seconds_left: float) -> None:
@@ -1036,7 +1028,7 @@ def train(run: Run) -> None:
     """From where the run stands to its end."""
     args, data = run.args, run.data
     describe(run)
-    with between_batches(), tqdm(
+    with stop_between_batches(), tqdm(
             total=run.total, initial=run.step, unit="step", disable=None) as progress:
         writer = SummaryWriter(run.folder, purge_step=len(run.history) + 1)
         started, first = time.perf_counter(), run.step
@@ -1108,11 +1100,11 @@ def main(argv: list[str]) -> int:
                     saved = f"; to go on from the last epoch: {resume}" if last.exists() else ""
                     raise UserError(f"{message.splitlines()[0]}: {help_}{saved}") from error
             raise
-    for path in (last, best) if run.data.val else (last,):
-        report(path, args, run.data.test)
     if run.unwritten:
         raise UserError(f"could not write {', '.join(run.unwritten)} in {args.output}: "
                         f"{next(iter(run.unwritten.values()))}")
+    for path in (last, best) if run.data.val else (last,):
+        report(path, args, run.data.test)
     return 0
 
 
