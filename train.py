@@ -179,14 +179,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="share of the run that the average of the weights looks back over; 0: no average")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast")
     add("--compile", action="store_true", help="torch.compile the model")
-    add = parser.add_argument_group("run").add_argument
+    group = parser.add_argument_group("run")
+    add = group.add_argument
     add("--device", default="auto", help="cuda, mps, cpu")
     add("--seed", type=whole("[0, inf)"), default=0, help="of all that is random")
     add("--eval-every", type=whole("[1, inf)"), default=1, metavar="N",
         help="epochs, and after the last")
     add("--output", metavar="DIR", help="run folder; default runs/<time>-<variant>")
-    add("--resume", metavar="LAST.PT", help="continue this run, with its arguments")
     add("--override", action="store_true", help="let --resume change arguments")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--resume", metavar="LAST.PT", help="continue this run, with its arguments")
     add("--eval-only", metavar="CHECKPOINT", help="measure last.pt, best.pt, weights.safetensors")
     return parser
 
@@ -758,7 +760,7 @@ class Run:
         self.step = 0  # of the run, the next one
         self.history: list[dict] = []  # a row for each epoch; metrics.csv
         self.so_far: dict[str, Any] = {}  # sums over the epoch that is going on
-        self.finite: dict[str, float] = {}  # what `check` saw last
+        self.finite: dict[str, float] = {}  # what `check_finite` saw last
         self.unwritten: dict[str, str] = {}  # files that could not be written, and why
 
         keep_freed_memory()
@@ -887,7 +889,7 @@ def save(run: Run) -> None:
 
     In this order: a run that is killed between two of them repeats the epoch, and all three.
     """
-    check(run)
+    check_finite(run)
     state = run.state()
     metric = "val_ema_top1" if run.ema else "val_top1"
     scores = [row.get(metric, -1.0) for row in run.history] or [-1.0]
@@ -996,7 +998,7 @@ def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
         run.step += 1
         progress.update()
         if run.step % CHECK_EVERY == 0 or run.step == (epoch + 1) * run.steps:
-            check(run)
+            check_finite(run)
         before, ended = ended, time.perf_counter()
         so_far["seconds"] += ended - before
     return {"epoch": epoch + 1, "step": run.step, "train_loss": so_far["loss"].item() / run.steps,
@@ -1006,7 +1008,7 @@ def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
 
 
 @torch.no_grad()
-def check(run: Run) -> None:
+def check_finite(run: Run) -> None:
     """Refuse to go on, and to save, once the loss or the weights are infinite or no number."""
     epoch, done = divmod(run.step - 1, run.steps)
     when = (f"by step {done + 1} of epoch {epoch + 1}, at lr "
