@@ -94,10 +94,7 @@ def stop_between_batches() -> Iterator[None]:
     with contextlib.ExitStack() as handlers:  # when closed it puts back the handlers of before
         for number in (signal.SIGINT, signal.SIGTERM):
             handlers.callback(signal.signal, number, signal.signal(number, receive))
-        try:
-            yield
-        finally:
-            received.clear()
+        yield
 
 
 # --- 1. Arguments -------------------------------------------------------------------------------
@@ -453,7 +450,7 @@ def batches(data: Dataset, batch_size: int, workers: int, *, seed: int | None = 
                             worker_init_fn=leave_group, pin_memory=pin)
     for batch in loader:
         if received:
-            raise Stopped(received[0])
+            raise Stopped(received.pop())
         yield batch
 
 
@@ -951,7 +948,7 @@ def log(run: Run, writer: SummaryWriter, seconds_left: float) -> None:
 
 # --- 7. Training --------------------------------------------------------------------------------
 
-CHECK_EVERY = 50  # steps: looking at the loss makes the processor wait for a GPU
+CHECK_EVERY = 50  # steps; each time the CPU waits for the GPU
 
 
 def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
@@ -998,7 +995,7 @@ def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
         run.step += 1
         progress.update()
         if run.step % CHECK_EVERY == 0 or run.step == (epoch + 1) * run.steps:
-            check_finite(run)
+            check_finite(run)  # which waits for a GPU, so that the time is right
         before, ended = ended, time.perf_counter()
         so_far["seconds"] += ended - before
     return {"epoch": epoch + 1, "step": run.step, "train_loss": so_far["loss"].item() / run.steps,
@@ -1092,6 +1089,11 @@ def main(argv: list[str]) -> int:
         try:
             run = Run(args, checkpoint)
             train(run)
+            if run.unwritten:
+                raise UserError(f"could not write {', '.join(run.unwritten)} in {args.output}: "
+                                f"{next(iter(run.unwritten.values()))}")
+            for path in (last, best) if run.data.val else (last,):
+                report(path, args, run.data.test)
         except Stopped as stopped:
             say(f"stopped; to go on: {resume}", sys.stderr)
             return 128 + stopped.args[0]
@@ -1102,11 +1104,6 @@ def main(argv: list[str]) -> int:
                     saved = f"; to go on from the last epoch: {resume}" if last.exists() else ""
                     raise UserError(f"{message.splitlines()[0]}: {help_}{saved}") from error
             raise
-    if run.unwritten:
-        raise UserError(f"could not write {', '.join(run.unwritten)} in {args.output}: "
-                        f"{next(iter(run.unwritten.values()))}")
-    for path in (last, best) if run.data.val else (last,):
-        report(path, args, run.data.test)
     return 0
 
 
