@@ -16,6 +16,7 @@ import subprocess
 import sys
 import urllib.error
 from pathlib import Path
+from unittest.mock import Mock
 
 import nbformat
 import numpy as np
@@ -716,13 +717,16 @@ def damage(content, choose):
 def test_the_surroundings_fail(tmp_path, monkeypatch, small_data):
     argv = [*QUICK, "--epochs", "1", "--output", str(tmp_path / "run")]
 
-    def fail(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "augment", fail)
-        with pytest.raises(train.UserError, match=r"allocate 2.00 GiB.: --accumulate 2"):
-            train.main(argv)
+    for name, error, message in (
+        ("augment", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+         r"allocate 2.00 GiB.: --accumulate 2"),
+        ("batches", OSError(errno.ENOMEM, "Cannot allocate memory"), "memory: --accumulate 2"),
+        ("SummaryWriter", OSError(errno.ENOSPC, "No space left on device"), "device: make room"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, name, Mock(side_effect=error))
+            with pytest.raises(train.UserError, match=message):
+                train.main(argv)
     with train.claim(tmp_path / "run"), pytest.raises(train.UserError, match="another run"):
         train.main(argv)
     (tmp_path / "file").touch()
@@ -821,6 +825,10 @@ def test_classes_are_matched_by_name(tmp_path, capsys):
     (root / "val" / "a dog").rename(root / "gone")
     val = train.load_split(args, train=False, classes=["a dog", "b cat"])
     assert set(val.labels.tolist()) == {1} and "has no images of a dog" in capsys.readouterr().err
+    for image in (root / "train" / "a dog").iterdir():
+        image.unlink()
+    with pytest.raises(train.UserError, match="train has no images of a dog"):
+        train.load_split(args, train=True)
     (root / "gone").rename(root / "val" / "wolf")
     with pytest.raises(train.UserError, match="classes that training has not: wolf"):
         train.load_split(args, train=False, classes=["a dog", "b cat"])
@@ -846,6 +854,7 @@ def test_cifar10_without_a_network(monkeypatch):
     ("--random-erase 1.1", "must be a number in [0, 1], not '1.1'"),
     ("--warmup-epochs 3 --epochs 3", "--warmup-epochs: must be below --epochs, 3"),
     ("--img-size 8", "--img-size: must be 16 or more at this --patch-size"),
+    ("--resume a --eval-only b", "--eval-only: not allowed with argument --resume"),
     ("--accumulate 9 -b 8", "--accumulate: must be up to 8, a batch")])
 def test_bad_arguments_are_refused_with_the_range(argv, message, capsys):
     with pytest.raises(SystemExit) as error:
