@@ -130,8 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="python train.py [--option value ...]; --help lists the options",
         description=__doc__.partition("\n")[0],
-        formatter_class=HelpFormatter,
-        allow_abbrev=False)  # a mistyped --mix must not pass for --mixup
+        formatter_class=HelpFormatter, allow_abbrev=False)  # --mix must not pass for --mixup
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=("cifar10", "folder", "synthetic"), default="cifar10",
         help="what to train on")
@@ -169,8 +168,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--warmup-epochs", type=real("[0, inf)"), metavar="N", help="default 1/20 of the run")
     add("--weight-decay", "--wd", type=real("[0, inf)"), default=0.05,
         help="of convolutions and linear layers")
-    add("--label-smoothing", type=real("[0, 1)"), default=0.1,
-        help="share of the target spread evenly")
+    add("--label-smoothing", type=real("[0, 1)"), default=0.1, help="share for all classes alike")
     add("--clip-grad", type=real("[0, inf)"), default=0.0, help="largest gradient norm; 0: any")
     add("--ema-horizon", type=real("[0, 1)"), default=0.04,
         help="share of the run that the average of the weights looks back over; 0: no average")
