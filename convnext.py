@@ -41,6 +41,7 @@ The function, its initialisation and the stochastic-depth schedule are those of 
 
 import hashlib
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -454,8 +455,10 @@ def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
             with zipfile.ZipFile(path) as archive:
                 if (member := archive.testzip()) is not None:
                     raise ValueError(f"the checksum of {member} differs")
-        # weights_only: an ordinary pickle can run any program as it is opened
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on the way to an error, about the pickle's version
+            # weights_only: an ordinary pickle can run any program as it is opened
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, Mapping):
             raise TypeError("not a mapping")
         return content, {}

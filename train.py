@@ -1061,11 +1061,13 @@ def report(path: Path, args: argparse.Namespace, test: Dataset | None = None) ->
                 f"{result['top1']:.2f} %  top-5 {result['top5']:.2f} %  of {len(test):,} images")
 
 
-WHAT_HELPS = {  # in an error of PyTorch's -> what to do about it
+WHAT_HELPS = {  # in an error of PyTorch's or the system's -> what to do about it
+    "shared memory|Too many open files":
+        "the processes that read images hand them over by it; try fewer --workers, or --workers 0",
     "out of memory|can(not|'t) allocate memory|Unable to allocate":
         "--accumulate 2 (or 4 ...) takes the same steps in less memory; a smaller --batch-size, "
         "--img-size or --variant needs less, too",
-    "DataLoader worker|shared memory|Too many open files":
+    "DataLoader worker":
         "a process that reads images has ended, often for lack of memory; try fewer --workers, "
         "or --workers 0",
     "No space left|quota exceeded": "make room, or give another --output",
@@ -1098,9 +1100,9 @@ def main(argv: list[str]) -> int:
         except (RuntimeError, MemoryError, OSError) as error:
             message = str(error) or "out of memory"
             for pattern, help_ in WHAT_HELPS.items():
-                if re.search(pattern, message, re.IGNORECASE):
+                if line := re.search(f".*({pattern}).*", message, re.IGNORECASE):
                     saved = f"; to go on from the last epoch: {resume}" if last.exists() else ""
-                    raise UserError(f"{message.splitlines()[0]}: {help_}{saved}") from error
+                    raise UserError(f"{line[0].strip()}: {help_}{saved}") from error
             raise
     return 0
 
