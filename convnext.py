@@ -2,8 +2,8 @@
 
 "A ConvNet for the 2020s" (Liu et al., 2022, https://arxiv.org/abs/2201.03545) starts from a
 ResNet-50 and changes one thing after another until a plain convolutional network matches a Swin
-Transformer. This file builds the result from its smallest part to the whole, much as section 2 of
-the paper arrives at it:
+Transformer. This file builds the result from its smallest part to the whole; on the right, where
+the paper explains it:
 
     Patchify            the stem: cut the image into patches             section 2.2
     DepthwiseConv       7x7, one filter per channel: mixes positions     2.3, 2.5
@@ -31,9 +31,9 @@ The function, its initialisation and the stochastic-depth schedule are those of 
   - `patch_size` may be 1 or 2, so that a 32x32 image does not end as a single pixel;
   - `num_classes=0` gives the pooled features, `forward_pyramid` every stage's map;
   - an image below the total stride is refused in a sentence, not in a convolution's words;
-  - all LayerNorms run as PyTorch's own kernel; LayerNorm2d says what that does to the memory;
-  - while training, strided convolutions run as a linear layer on patches, and on a CPU the
-    depthwise one has a gradient of its own: both faster, the same numbers up to rounding;
+  - all LayerNorms run as PyTorch's own kernel, which fixes the memory layout: see LayerNorm2d;
+  - where gradients are recorded, strided convolutions run as a linear layer on patches, and on a
+    CPU the depthwise one has a gradient of its own: faster, the same numbers up to rounding;
   - each idea is a module, hence `mlp.pwconv1` and `layer_scale.gamma` for `pwconv1`, `gamma`.
 
 `python convnext.py` prints each variant's size and cost beside the published ones.
@@ -106,7 +106,7 @@ class GELU(nn.GELU):
 
     The exact one; the tanh approximation would move the logits. Where no gradient is recorded it
     overwrites its input, as nn.ReLU(inplace=True) does: the network's widest tensors then need
-    not exist twice.
+    not exist twice. (A hook that keeps the output of pwconv1 must clone it.)
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -439,7 +439,8 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
     """Content and metadata of a .safetensors, .pt or .pth file, if nothing in it is damaged.
 
-    Never runs anything that a file brings along. Raises FileNotFoundError, or ValueError.
+    Never runs anything that a file brings along. Raises FileNotFoundError, ValueError, or
+    ModuleNotFoundError without safetensors.
     """
     try:
         if str(path).endswith(".safetensors"):
@@ -515,7 +516,8 @@ class DepthwiseGradient(torch.autograd.Function):
     for this gradient: the README has the measurements.
     """
 
-    generate_vmap_rule = True  # torch.func works as well
+    # For torch.func's vmap, grad and jacrev; its forward mode (jvp) wants fast_gradient = False.
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -550,8 +552,10 @@ class DepthwiseGradient(torch.autograd.Function):
 
 
 # Where it was measured to pay. Other devices and number types have other kernels: PyTorch's own.
-FAST_DTYPES = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}.get(
-    torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability(), ())
+FAST_DTYPES: tuple[torch.dtype, ...] = ()
+if torch.backends.mkldnn.is_available():
+    FAST_DTYPES = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}.get(
+        torch.backends.cpu.get_cpu_capability(), ())
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -559,8 +563,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     x: (b, c, h, w). weight: (c, 1, k, k), k odd. bias: (c,). Returns (b, c, h, w).
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # F.conv2d sees to it itself
+        x = x.to(torch.get_autocast_dtype("cpu"))
     fast = x.device.type == "cpu" and x.dtype in FAST_DTYPES and x.numel() > 0
     apply = DepthwiseGradient.apply if fast else DepthwiseGradient.forward
     return apply(x, weight, bias)

@@ -619,6 +619,8 @@ def test_a_signal_loses_nothing(tmp_path, monkeypatch, small_data, capsys):
     torch.rand(7)  # the random state at the time does not matter
     assert train.main(["--resume", f"{parts}/last.pt"]) == 0
     assert not list(Path(parts).glob("*.tmp"))
+    Path(f"{parts}/metrics.csv").unlink()  # as if killed before the last file was written
+    assert train.main(["--resume", f"{parts}/last.pt"]) == 0
     assert_same_run(whole, parts)
     assert len(read_csv(f"{parts}/metrics.csv")) == 4
 
@@ -635,7 +637,10 @@ def test_changed_arguments_want_override(tmp_path, small_data, capsys):
         with pytest.raises(SystemExit):
             train.main(["--resume", last, *extra])
         assert message in capsys.readouterr().err
-    assert train.main(["--resume", last, "--epochs", "2", "--override"]) == 0
+    other = ["--epochs", "2", "--weight-decay", "0.5", "--override"]
+    assert train.main(["--resume", last, *other]) == 0
+    groups = torch.load(last, weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     assert "note: 1 -> 2 epochs: the learning rate, 1.0e-06 so far, goes on with" in (
         capsys.readouterr().err)
     assert [row["epoch"] for row in read_csv(tmp_path / "metrics.csv")] == ["1", "2"]
@@ -721,6 +726,8 @@ def test_the_surroundings_fail(tmp_path, monkeypatch, small_data):
         ("augment", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
          r"allocate 2.00 GiB.: --accumulate 2"),
         ("batches", OSError(errno.ENOMEM, "Cannot allocate memory"), "memory: --accumulate 2"),
+        ("augment", RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: "
+                                 "unable to allocate shared memory(shm)"), r"\(shm\): .*--workers"),
         ("SummaryWriter", OSError(errno.ENOSPC, "No space left on device"), "device: make room"),
     ):
         with monkeypatch.context() as patch:

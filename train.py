@@ -135,9 +135,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dataset", choices=("cifar10", "folder", "synthetic"), default="cifar10",
         help="what to train on")
     add("--data-dir", default="data", metavar="DIR",
-        help="CIFAR-10's place; for folder: has train/ and val/ or test/, with a folder a class")
+        help="CIFAR-10's place; for folder: has train/ and test/ (or val/), with a folder a class")
     add("--img-size", type=whole("[1, inf)"), default=32, metavar="N",
-        help="side; up to 64 images are kept in memory, above they are read as needed")
+        help="side; images of up to 64x64 are kept in memory, larger ones read as needed")
     add("--val-size", type=whole("[0, inf)"), default=0, metavar="N",
         help="hold out N training images, and let them choose best.pt")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read")
@@ -177,7 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--device", default="auto", help="cuda, mps, cpu")
-    add("--seed", type=whole("[0, inf)"), default=0, help="of all that is random")
+    add("--seed", type=whole("[0, 4294967295]"), default=0, help="of all that is random")
     add("--eval-every", type=whole("[1, inf)"), default=1, metavar="N",
         help="epochs, and after the last")
     add("--output", metavar="DIR", help="run folder; default runs/<time>-<variant>")
@@ -223,6 +223,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
         refuse_changes(parser, args, saved)  # ... where that leaves it the same run
         if args.resume and "optimizer" not in checkpoint:
             parser.error("argument --resume: takes last.pt, not weights alone")
+        newer = Path(path).with_name("last.pt")
+        if args.resume and Path(path).name != "last.pt" and newer.exists() and not args.override:
+            parser.error(f"--resume {path} would replace {newer}: take that, or add --override")
         args.output = str(Path(path).parent)
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 20
@@ -431,16 +434,17 @@ def leave_group(_worker: int) -> None:
 
 
 def batches(data: Dataset, batch_size: int, workers: int, *, seed: int | None = None,
-            first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+            first: int = 0, pin: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches in order; or, with a seed, one epoch of training, from batch number `first` on:
-    shuffled, and without a last incomplete batch, unless it is the only one."""
+    shuffled, and without a last incomplete batch, unless it is the only one. `pin`: in memory
+    that a GPU can read by itself."""
     source = data.dataset if isinstance(data, Subset) else data
     order = torch.arange(len(data))
     if seed is not None:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         order = order[: max(1, len(data) // batch_size) * batch_size]
         source.seed = seed
-    parts, pin = [part.tolist() for part in order.split(batch_size)], torch.cuda.is_available()
+    parts = [part.tolist() for part in order.split(batch_size)]
     if isinstance(source, InMemory):
         loader = DataLoader(data, batch_size=None, sampler=parts[first:], pin_memory=pin)
     else:
@@ -492,8 +496,8 @@ def prepare_data(args: argparse.Namespace, device: torch.device) -> Data:
 
 # --- 3. Augmentation ----------------------------------------------------------------------------
 # All on whole batches, on the training device, and yet with draws of its own for every sample.
-# (torchvision's transforms, given a batch, draw once for all of it.) The draws are made on the
-# CPU: it selects samples by them, and would have to wait for a GPU's.
+# (torchvision's transforms, given a batch, draw once for all of it.) What selects samples is drawn on
+# the CPU, which would have to wait for a GPU's draws.
 
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
@@ -541,7 +545,8 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
 
 
 def sharpen(x: Tensor, amount: Tensor) -> Tensor:
-    kernel = torch.tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device) / 13
+    kernel = torch.ones(3, 3, device=x.device) / 13
+    kernel[1, 1] *= 5
     blurred = x.clone()  # the edge has no full neighbourhood and stays
     blurred[:, :, 1:-1, 1:-1] = F.conv2d(x, repeat(kernel, "u v -> c 1 u v", c=3), groups=3)
     return blend(x, blurred, amount)
@@ -711,7 +716,7 @@ def evaluate(model: nn.Module, images: Dataset, mean: Tensor, std: Tensor, worke
     """Mean cross-entropy, and the share (%) whose class comes first, and among the first five."""
     model.eval()
     device, total = mean.device, torch.zeros(3, device=mean.device)
-    for x, labels in batches(images, 250, workers):
+    for x, labels in batches(images, 250, workers, pin=device.type == "cuda"):
         x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, precision, precision != torch.float32):
             logits = model(normalize(x / 255.0, mean, std))
@@ -760,7 +765,7 @@ class Run:
 
         keep_freed_memory()
         torch.set_float32_matmul_precision("high")  # TensorFloat-32, on GPUs that have it
-        torch.backends.cudnn.benchmark = True  # all batches have one size: find its fastest kernels
+        torch.backends.cudnn.benchmark = True  # few batch sizes: find the fastest kernels of each
         torch.manual_seed(args.seed)
         self.model = build_model(args, len(self.data.classes)).to(
             device, memory_format=torch.channels_last)
@@ -804,6 +809,9 @@ class Run:
             raise UserError(f"{self.args.resume} was trained on other images than these")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, now in zip(self.optimizer.param_groups,
+                              parameter_groups(self.model, self.args.weight_decay)):
+            group["weight_decay"] = now["weight_decay"]  # --override may have changed it
         if state["scaler"]:  # a run in float16
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.so_far = state["step"], state["history"], state["so_far"]
@@ -829,19 +837,24 @@ class Run:
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            if fcntl:  # where a folder can be opened, its entry for the file can be made to last
-                folder = os.open(self.folder, os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
             self.unwritten.pop(name, None)
+            with contextlib.suppress(OSError):  # make the folder's entry last, where that works
+                folder = os.open(self.folder, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
         except Exception as error:  # noqa: BLE001, each library reports a full disk in its own way
             if not self.unwritten:
-                free = shutil.disk_usage(self.folder).free / 1e6
+                free = "no folder is"
+                if self.folder.is_dir():
+                    free = f"{shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free"
                 say(f"warning: cannot write {path}, will try again after the next epoch; "
-                    f"{free:,.0f} MB are free there ({error})".splitlines()[0], sys.stderr)
+                    f"{free} there ({error})".splitlines()[0], sys.stderr)
             self.unwritten[name] = str(error).splitlines()[0]
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def claim(folder: Path) -> TextIO:
@@ -851,10 +864,10 @@ def claim(folder: Path) -> TextIO:
         lock = open(folder / ".lock", "w")  # noqa: SIM115, unlocked when closed, or killed
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for unfinished in folder.glob("*.tmp"):
-            unfinished.unlink()
+        for name in ("best.pt", "weights.safetensors", "last.pt", "metrics.csv", "args.json"):
+            (folder / f"{name}.tmp").unlink(missing_ok=True)
     except BlockingIOError as error:
-        raise UserError(f"another run is writing to {folder}") from error
+        raise UserError(f"another run is writing to {folder}, or was killed seconds ago") from error
     except OSError as error:
         raise UserError(f"cannot write to --output {folder} ({error.strerror})") from error
     return lock
@@ -880,9 +893,10 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def save(run: Run) -> None:
-    """best.pt if the held-out images say so, at the end weights.safetensors, and last.pt.
+    """best.pt if the held-out images say so, at the end weights.safetensors; last.pt, metrics.csv.
 
-    In this order: a run that is killed between two of them repeats the epoch, and all three.
+    In this order: a run that is killed before last.pt repeats the epoch, and writes them again.
+    metrics.csv is made of the history in last.pt, so the next save mends it.
     """
     check_finite(run)
     state = run.state()
@@ -903,13 +917,20 @@ def save(run: Run) -> None:
     run.write("metrics.csv", lambda path: path.write_text(text))  # whole: every epoch just once
 
 
+def refuse_unwritten(run: Run) -> None:
+    """At the end of a run a file that could not be written is an error."""
+    if run.unwritten:
+        raise UserError(f"could not write {', '.join(run.unwritten)} in {run.folder}: "
+                        f"{next(iter(run.unwritten.values()))}")
+
+
 def describe(run: Run) -> None:
     """Say what is about to happen, and note it in the run folder."""
     args, data, device = run.args, run.data, run.data.mean.device
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "torchvision": torchvision.__version__}
     text = json.dumps({"argv": sys.argv, "args": vars(args), "versions": versions}, indent=2)
-    (run.folder / "args.json").write_text(text + "\n")
+    run.write("args.json", lambda path: path.write_text(text + "\n"))
     with torch.device("meta"):
         macs = convnext.count_macs(build_model(args, len(data.classes)), args.img_size)
     size = sum(p.numel() for p in run.model.parameters())
@@ -956,21 +977,22 @@ def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
     epoch, device = len(run.history), data.mean.device
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     # All that is random follows from the seed and the epoch or step: a resumed run draws the same.
-    # (A large factor, so that step 2 of seed 0 is not step 1 of another seed.)
+    # (Large factors, so that no two steps, or epochs and images, of any two seeds are the same.)
     done = run.step - epoch * run.steps
     loader = batches(data.train, args.batch_size, args.workers,
-                     seed=-args.seed - 1_000_003 * (epoch + 1), first=done)
+                     seed=-1_000_000_007 * args.seed - 10_000_019 * (epoch + 1), first=done,
+                     pin=device.type == "cuda")
     if not done:
         run.so_far = {"loss": torch.zeros(()), "seconds": 0.0, "waiting": 0.0}
     so_far, ended = run.so_far, time.perf_counter()
     so_far["loss"] = so_far["loss"].to(device)
     model.train()
     for images, labels in loader:
-        torch.manual_seed(args.seed + 1_000_003 * (run.step + 1))
+        torch.manual_seed(1_000_000_007 * args.seed + run.step + 1)
         x, y = augment(args, data, images.to(device, non_blocking=True),
                        labels.to(device, non_blocking=True),
                        mix=epoch < args.epochs - args.mix_off_epochs)
-        so_far["waiting"] += time.perf_counter() - ended  # for images, and their augmentation
+        so_far["waiting"] += time.perf_counter() - ended  # on a GPU, for its launches only
         for group in optimizer.param_groups:
             group["lr"] = run.lr
 
@@ -1004,7 +1026,10 @@ def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
 
 @torch.no_grad()
 def check_finite(run: Run) -> None:
-    """Refuse to go on, and to save, once the loss or the weights are infinite or no number."""
+    """Refuse to go on, and to save, once the loss or the weights are infinite or no number.
+
+    In float16, too: the scaler skips a step for infinite gradients, but the loss is unscaled.
+    """
     epoch, done = divmod(run.step - 1, run.steps)
     when = (f"by step {done + 1} of epoch {epoch + 1}, at lr "
             f"{run.optimizer.param_groups[0]['lr']:.1e}")
@@ -1030,6 +1055,8 @@ def train(run: Run) -> None:
         writer = SummaryWriter(run.folder, purge_step=len(run.history) + 1)
         started, first = time.perf_counter(), run.step
         try:
+            if len(run.history) == args.epochs:  # nothing left but to see that all files are there
+                save(run)
             for epoch in range(len(run.history), args.epochs):
                 row = train_epoch(run, progress)
                 if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
@@ -1041,6 +1068,7 @@ def train(run: Run) -> None:
             writer.close()
         except Stopped:
             save(run)
+            refuse_unwritten(run)
             raise
 
 
@@ -1065,8 +1093,8 @@ WHAT_HELPS = {  # in an error of PyTorch's or the system's -> what to do about i
     "shared memory|Too many open files":
         "the processes that read images hand them over by it; try fewer --workers, or --workers 0",
     "out of memory|can(not|'t) allocate memory|Unable to allocate":
-        "--accumulate 2 (or 4 ...) takes the same steps in less memory; a smaller --batch-size, "
-        "--img-size or --variant needs less, too",
+        "--accumulate 2 (or 4 ...; beside --resume with --override) takes the same steps in less "
+        "memory; a smaller --batch-size, --img-size or --variant needs less, too",
     "DataLoader worker":
         "a process that reads images has ended, often for lack of memory; try fewer --workers, "
         "or --workers 0",
@@ -1076,34 +1104,32 @@ WHAT_HELPS = {  # in an error of PyTorch's or the system's -> what to do about i
 
 def main(argv: list[str]) -> int:
     args, checkpoint = parse_args(argv)
-    if args.eval_only:
-        report(Path(args.eval_only), args)
-        return 0
     args.output = args.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.variant}")
     last, best = Path(args.output) / "last.pt", Path(args.output) / "best.pt"
-    if last.exists() and not checkpoint:
-        raise UserError(f"{args.output} holds a run already: --resume {last}, or give another "
-                        "--output")
-    resume = f"python train.py --resume {shlex.quote(str(last))}"
-    with claim(Path(args.output)):
-        try:
+    go_on = f"to go on: python train.py --resume {shlex.quote(str(last))}"
+    try:
+        if args.eval_only:
+            report(Path(args.eval_only), args)
+            return 0
+        if last.exists() and not checkpoint:
+            raise UserError(f"{args.output} holds a run already: --resume {last}, or give another "
+                            "--output")
+        with claim(Path(args.output)):
             run = Run(args, checkpoint)
             train(run)
-            if run.unwritten:
-                raise UserError(f"could not write {', '.join(run.unwritten)} in {args.output}: "
-                                f"{next(iter(run.unwritten.values()))}")
+            refuse_unwritten(run)
             for path in (last, best) if run.data.val else (last,):
                 report(path, args, run.data.test)
-        except Stopped as stopped:
-            say(f"stopped; to go on: {resume}", sys.stderr)
-            return 128 + stopped.args[0]
-        except (RuntimeError, MemoryError, OSError) as error:
-            message = str(error) or "out of memory"
-            for pattern, help_ in WHAT_HELPS.items():
-                if line := re.search(f".*({pattern}).*", message, re.IGNORECASE):
-                    saved = f"; to go on from the last epoch: {resume}" if last.exists() else ""
-                    raise UserError(f"{line[0].strip()}: {help_}{saved}") from error
-            raise
+    except Stopped as stopped:
+        say(f"stopped; {go_on}", sys.stderr)
+        return 128 + stopped.args[0]
+    except (RuntimeError, MemoryError, OSError) as error:
+        message = str(error) or "out of memory"
+        for pattern, help_ in WHAT_HELPS.items():
+            if line := re.search(f".*({pattern}).*", message, re.IGNORECASE):
+                saved = f"; {go_on}" if last.exists() and not args.eval_only else ""
+                raise UserError(f"{line[0].strip()}: {help_}{saved}") from error
+        raise
     return 0
 
 
