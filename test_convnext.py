@@ -841,14 +841,15 @@ def test_classes_are_matched_by_name(tmp_path, capsys):
         train.load_split(args, train=False, classes=["a dog", "b cat"])
 
 
-def test_cifar10_without_a_network(monkeypatch):
+def test_cifar10_without_a_network(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
     with pytest.raises(train.UserError, match="Put cifar-10-python.tar.gz .* into data/, or use "
                                               "--dataset folder .* or --dataset synthetic"):
-        train.main(["--device", "cpu"])
+        train.main(["--device", "cpu", "--output", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("argv", "message"), [

@@ -857,8 +857,9 @@ class Run:
                 temporary.unlink(missing_ok=True)
 
 
-def claim(folder: Path) -> TextIO:
-    """Make the run folder, clear away what a killed run had begun to write, return the lock."""
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Make the run folder, lock it, and clear away what a killed run had begun to write."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115, unlocked when closed, or killed
@@ -870,7 +871,12 @@ def claim(folder: Path) -> TextIO:
         raise UserError(f"another run is writing to {folder}, or was killed seconds ago") from error
     except OSError as error:
         raise UserError(f"cannot write to --output {folder} ({error.strerror})") from error
-    return lock
+    with lock:
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.glob("*")] == [".lock"]:  # nothing came of it
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_checkpoint(path: Path) -> dict:
