@@ -1078,9 +1078,10 @@ def train(run: Run) -> None:
             raise
 
 
-def report(path: Path, args: argparse.Namespace, test: Dataset | None = None) -> None:
-    """Print the test accuracy of a checkpoint's weights, and of their average."""
-    state, device = read_checkpoint(path), pick_device(args.device)
+def report(path: Path, state: dict, args: argparse.Namespace,
+           test: Dataset | None = None) -> None:
+    """Print the test accuracy of the weights in a checkpoint's state, and of their average."""
+    device = pick_device(args.device)
     test = test or load_split(args, train=False, classes=state["classes"])
     if test.classes != state["classes"]:
         raise UserError(f"{path} was trained on other classes than --dataset {args.dataset} has")
@@ -1115,7 +1116,7 @@ def main(argv: list[str]) -> int:
     go_on = f"to go on: python train.py --resume {shlex.quote(str(last))}"
     try:
         if args.eval_only:
-            report(Path(args.eval_only), args)
+            report(Path(args.eval_only), checkpoint, args)
             return 0
         if last.exists() and not checkpoint:
             raise UserError(f"{args.output} holds a run already: --resume {last}, or give another "
@@ -1125,7 +1126,7 @@ def main(argv: list[str]) -> int:
             train(run)
             refuse_unwritten(run)
             for path in (last, best) if run.data.val else (last,):
-                report(path, args, run.data.test)
+                report(path, read_checkpoint(path), args, run.data.test)
     except Stopped as stopped:
         say(f"stopped; {go_on}", sys.stderr)
         return 128 + stopped.args[0]
