@@ -119,8 +119,8 @@ class InvertedBottleneck(nn.Module):
         y = W₂ · GELU(W₁ · x + b₁) + b₂,   W₁: dim -> 4·dim,  W₂: 4·dim -> dim
 
     ResNet's bottleneck goes wide - narrow - wide; a transformer's MLP goes narrow - wide - narrow
-    with one activation, and the paper adopts both habits (sections 2.4 and 2.6). Nearly all of
-    the network's parameters are in here, 8·dim², and each is multiplied once at every position.
+    with one activation, and the paper adopts both habits (sections 2.4 and 2.6). In here are
+    nine tenths of Tiny's parameters, 8·dim² a block, each multiplied once at every position.
     """
 
     def __init__(self, dim: int, expansion: int = 4) -> None:
@@ -390,7 +390,8 @@ PUBLISHED_GFLOPS = dict(zip(VARIANTS, (0.55, 0.78, 1.37, 2.45, 4.5, 8.7, 15.4, 3
 
 def table() -> Iterator[str]:
     """A line for each variant: shape, parameters and GMACs at 224x224, counted and published."""
-    yield f"{'variant':8} {'depths':14} {'dims':24} {'parameters':>11} {'GMACs':>7} {'published':>9}"
+    yield (f"{'variant':8} {'depths':14} {'dims':24} {'parameters':>11} {'GMACs':>7} "
+           f"{'published':>9}")
     for name, (depths, dims) in VARIANTS.items():
         with torch.device("meta"):
             model = create_convnext(name)

@@ -233,8 +233,9 @@ def test_depthwise_gradient_with_compile_autocast_and_vmap(monkeypatch):
         return {name: p.grad for name, p in model.named_parameters()}
 
     reference = gradients(model, torch.float32)
-    for network, dtype, tolerance in ((compiled, torch.float32, 1e-4),
-                                      (model, torch.bfloat16, 0.1), (compiled, torch.bfloat16, 0.1)):
+    for network, dtype, tolerance in (
+            (compiled, torch.float32, 1e-4), (model, torch.bfloat16, 0.1),
+            (compiled, torch.bfloat16, 0.1)):
         for name, gradient in gradients(network, dtype).items():
             assert gradient.dtype == torch.float32
             error = (gradient - reference[name]).norm() / reference[name].norm()
@@ -706,7 +707,7 @@ def test_no_damage_to_a_file_goes_unnoticed(name, tmp_path, small_data):
 
 
 def damage(content, choose):
-    """One of four kinds of damage; half of them near the ends, where a file's structure is."""
+    """One of four kinds of damage; two in three near an end, where a file's structure is."""
     kind, size = choose.randrange(4), len(content)
     at = choose.choice([choose.randrange(size), choose.randrange(min(size, 4000)),
                         size - 1 - choose.randrange(min(size, 4000))])
@@ -726,8 +727,9 @@ def test_the_surroundings_fail(tmp_path, monkeypatch, small_data):
         ("augment", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
          r"allocate 2.00 GiB.: --accumulate 2"),
         ("batches", OSError(errno.ENOMEM, "Cannot allocate memory"), "memory: --accumulate 2"),
-        ("augment", RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: "
-                                 "unable to allocate shared memory(shm)"), r"\(shm\): .*--workers"),
+        ("augment", RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n"
+                                 "RuntimeError: unable to allocate shared memory(shm)"),
+         r"\(shm\): .*--workers"),
         ("SummaryWriter", OSError(errno.ENOSPC, "No space left on device"), "device: make room"),
     ):
         with monkeypatch.context() as patch:

@@ -496,8 +496,8 @@ def prepare_data(args: argparse.Namespace, device: torch.device) -> Data:
 
 # --- 3. Augmentation ----------------------------------------------------------------------------
 # All on whole batches, on the training device, and yet with draws of its own for every sample.
-# (torchvision's transforms, given a batch, draw once for all of it.) What selects samples is drawn on
-# the CPU, which would have to wait for a GPU's draws.
+# (torchvision's transforms, given a batch, draw once for all of it.) What selects samples is drawn
+# on the CPU, which would have to wait for a GPU's draws.
 
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
