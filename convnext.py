@@ -16,12 +16,14 @@ the paper explains it:
     Downsample          halve the resolution between stages              2.6
     Head                pool, normalise, classify
     ConvNeXt            four stages of blocks                            table 9
-    VARIANTS            atto to xlarge                                   section 3
-    load_weights        checkpoints with timm's names, or with ours
+    GRN                 what ConvNeXt V2 adds                            V2's section 3.2
+    VARIANTS            atto to xlarge, v2_atto to v2_huge               section 3
+    load_weights        checkpoints of Meta, timm, torchvision, Hugging Face; and back again
     DepthwiseGradient   why training is faster here than elsewhere, on a CPU
     ROADMAP             every network between ResNet-50 and this one     table 10
 
-Sections, tables and figures named in this file are the paper's. Every change of layout is an
+Sections, tables and figures named in this file are the paper's; V2's is
+https://arxiv.org/abs/2301.00808 (Woo et al., 2023). Every change of layout is an
 einops pattern, which is also its shape comment: b = batch, c = channels, h, w = height, width.
 Between the pieces a feature map is (b, c, h, w).
 
@@ -39,14 +41,17 @@ The function, its initialisation and the stochastic-depth schedule are those of 
 `python convnext.py` prints each variant's size and cost beside the published ones.
 """
 
+import argparse
 import hashlib
+import json
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from itertools import pairwise, product
 from os import PathLike
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -123,16 +128,17 @@ class InvertedBottleneck(nn.Module):
     nine tenths of Tiny's parameters, 8·dim² a block, each multiplied once at every position.
     """
 
-    def __init__(self, dim: int, expansion: int = 4) -> None:
+    def __init__(self, dim: int, expansion: int = 4, grn: bool = False) -> None:
         super().__init__()
         # pw: pointwise. As 1x1 convolutions they would be the same function, but nn.Linear on
         # the last axis is one large matrix product.
         self.pwconv1 = nn.Linear(dim, expansion * dim)
         self.act = GELU()
+        self.grn = GRN(expansion * dim) if grn else nn.Identity()  # V2 only, see below
         self.pwconv2 = nn.Linear(expansion * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pwconv2(self.act(self.pwconv1(x)))
+        return self.pwconv2(self.grn(self.act(self.pwconv1(x))))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -213,13 +219,15 @@ class Block(nn.Module):
     here both kinds of mixing share one shortcut, one norm and one activation.
 
     drop_path: probability, in [0, 1), of skipping the branch. layer_scale: first γ, 0 for none.
+    grn: with ConvNeXt V2's normalisation.
     """
 
-    def __init__(self, dim: int, drop_path: float = 0.0, layer_scale: float = 1e-6) -> None:
+    def __init__(self, dim: int, drop_path: float = 0.0, layer_scale: float = 1e-6,
+                 grn: bool = False) -> None:
         super().__init__()
         self.dwconv = DepthwiseConv(dim)
         self.norm = LayerNorm(dim)
-        self.mlp = InvertedBottleneck(dim)
+        self.mlp = InvertedBottleneck(dim, grn=grn)
         self.layer_scale = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
@@ -269,7 +277,7 @@ class ConvNeXt(nn.Module):
     def __init__(
         self, depths: tuple[int, ...], dims: tuple[int, ...], *, num_classes: int = 1000,
         in_channels: int = 3, patch_size: int = 4, drop_path: float = 0.0,
-        layer_scale: float = 1e-6, head_init_scale: float = 1.0,
+        layer_scale: float = 1e-6, grn: bool = False, head_init_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -282,7 +290,7 @@ class ConvNeXt(nn.Module):
         last = max(1, sum(depths) - 1)
         rates = (drop_path * i / last for i in range(sum(depths)))
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dim, next(rates), layer_scale) for _ in range(depth)))
+            nn.Sequential(*(Block(dim, next(rates), layer_scale, grn) for _ in range(depth)))
             for depth, dim in zip(depths, dims))
         self.head = Head(dims[-1], num_classes)
         self.apply(self._init_weights)
@@ -323,9 +331,34 @@ class ConvNeXt(nn.Module):
         return self.head(self.forward_features(x))
 
 
+class GRN(nn.Module):
+    """ConvNeXt V2's one new part: global response normalisation. (b, h, w, dim) -> same
+
+        y = γ ⊙ (x · N) + β + x,   N[c] = ‖x[:, :, c]‖ / mean over k of ‖x[:, :, k]‖
+
+    (V2, section 3.2.) After masked pre-training many channels of the wide layer answer alike. Here
+    they compete: one that answers more strongly than the rest, over the whole image, is raised.
+    V2's block is the one above with this after its GELU, and without LayerScale, which it makes
+    superfluous (V2's section 3.2). γ and β are 0 at first: the identity.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(dim))  # one axis: no weight decay, as the authors'
+        self.beta = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In float16 the squares of a map that is full of 20s have an infinite sum.
+        norm = torch.linalg.vector_norm(
+            x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        n = norm / (reduce(norm, "b 1 1 c -> b 1 1 1", "mean") + 1e-6)
+        return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * n).to(x.dtype))
+
+
 class Variant(NamedTuple):
     depths: tuple[int, ...]  # blocks in each stage
     dims: tuple[int, ...]  # channels in each stage
+    grn: bool = False  # ConvNeXt V2
 
 
 VARIANTS = {
@@ -341,24 +374,31 @@ VARIANTS = {
     "large": Variant((3, 3, 27, 3), (192, 384, 768, 1536)),
     "xlarge": Variant((3, 3, 27, 3), (256, 512, 1024, 2048)),
 }
+for _name in ("atto", "femto", "pico", "nano", "tiny", "base", "large"):
+    VARIANTS[f"v2_{_name}"] = VARIANTS[_name]._replace(grn=True)
+VARIANTS["v2_huge"] = Variant((3, 3, 27, 3), (352, 704, 1408, 2816), grn=True)
 
 
 def create_convnext(
     variant: str, *, num_classes: int = 1000, in_channels: int = 3, patch_size: int = 4,
-    drop_path: float = 0.0, layer_scale: float = 1e-6, head_init_scale: float = 1.0,
+    drop_path: float = 0.0, layer_scale: float | None = None, head_init_scale: float = 1.0,
 ) -> ConvNeXt:
     """A freshly initialised ConvNeXt, in training mode.
 
     variant: a key of VARIANTS. num_classes: 0 for features. patch_size: the stem's; 1 or 2 for
     small images. drop_path: the last block's chance of a skip, in [0, 1); the paper has 0.1 for
-    Tiny, 0.4 for Small, 0.5 for Base and Large (table 5). layer_scale: first γ, 0 for none.
-    head_init_scale: factor on the classifier's first weights; 0.001 in fine-tuning, where a new
-    head's large gradients would spoil the pretrained features (table 6).
+    Tiny, 0.4 for Small, 0.5 for Base and Large (table 5). layer_scale: first γ, 0 for none; by
+    default 1e-6, and none in V2. head_init_scale: factor on the classifier's first weights; 0.001
+    in fine-tuning, where a new head's large gradients would spoil the pretrained features (table
+    6).
 
     Raises ValueError, with what is allowed, for anything else.
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
+    depths, dims, grn = VARIANTS[variant]
+    if layer_scale is None:
+        layer_scale = 0.0 if grn else 1e-6
     for name, value, least in (("num_classes", num_classes, 0), ("in_channels", in_channels, 1),
                                ("patch_size", patch_size, 1), ("layer_scale", layer_scale, 0)):
         if not value >= least:  # nan is not, either
@@ -366,9 +406,8 @@ def create_convnext(
     if not 0 <= drop_path < 1:
         raise ValueError(f"drop_path must be at least 0 and below 1, not {drop_path}")
     return ConvNeXt(
-        *VARIANTS[variant], num_classes=num_classes, in_channels=in_channels,
-        patch_size=patch_size, drop_path=drop_path, layer_scale=layer_scale,
-        head_init_scale=head_init_scale)
+        depths, dims, num_classes=num_classes, in_channels=in_channels, patch_size=patch_size,
+        drop_path=drop_path, layer_scale=layer_scale, grn=grn, head_init_scale=head_init_scale)
 
 
 def count_macs(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
@@ -383,16 +422,18 @@ def count_macs(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
     return counter.get_total_flops() // 2  # PyTorch counts the multiplication and the addition
 
 
-# GFLOPs at 224x224 as printed in the paper's table 1 and, for the four small ones, in ConvNeXt
-# V2's (https://arxiv.org/abs/2301.00808): its extra layer has no multiply-accumulates to count.
-PUBLISHED_GFLOPS = dict(zip(VARIANTS, (0.55, 0.78, 1.37, 2.45, 4.5, 8.7, 15.4, 34.4, 60.9)))
+# GFLOPs at 224x224 as printed in the paper's table 1 and, for V2 and the four small ones, in V2's:
+# GRN has no matrix to count.
+PUBLISHED_GFLOPS = dict(zip(VARIANTS, (
+    0.55, 0.78, 1.37, 2.45, 4.5, 8.7, 15.4, 34.4, 60.9,
+    0.55, 0.78, 1.37, 2.45, 4.47, 15.4, 34.4, 115)))
 
 
 def table() -> Iterator[str]:
     """A line for each variant: shape, parameters and GMACs at 224x224, counted and published."""
     yield (f"{'variant':8} {'depths':14} {'dims':24} {'parameters':>11} {'GMACs':>7} "
            f"{'published':>9}")
-    for name, (depths, dims) in VARIANTS.items():
+    for name, (depths, dims, _) in VARIANTS.items():
         with torch.device("meta"):
             model = create_convnext(name)
         parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model, 224)
@@ -400,29 +441,132 @@ def table() -> Iterator[str]:
                f"{PUBLISHED_GFLOPS[name]:9}")
 
 
-# --- Checkpoints --------------------------------------------------------------------------------
+# --- Checkpoints: every layout in, every layout out ---------------------------------------------
+#
+# The same network is stored under four other sets of names. In the tables our names are on the
+# left, the layout's on the right; {s} is the stage, 0 to 3, {b} the block in it, and * stands for
+# weight and bias. The first row that fits a name applies.
 
-
-# Beginnings of our parameters' names, and of timm's; {s} is the stage, 0 to 3, {b} the block in
-# it. The first row that fits a name applies.
-TIMM_NAMES = {
-    "downsample_layers.0":        "stem",
-    "downsample_layers.{s}":      "stages.{s}.downsample",
-    "stages.{s}.{b}.dwconv":      "stages.{s}.blocks.{b}.conv_dw",
-    "stages.{s}.{b}.norm":        "stages.{s}.blocks.{b}.norm",
-    "stages.{s}.{b}.mlp.pwconv1": "stages.{s}.blocks.{b}.mlp.fc1",
-    "stages.{s}.{b}.mlp.pwconv2": "stages.{s}.blocks.{b}.mlp.fc2",
-    "stages.{s}.{b}.layer_scale": "stages.{s}.blocks.{b}",
-    "head":                       "head",
+META = {  # the authors': https://github.com/facebookresearch/ConvNeXt and ConvNeXt-V2
+    "downsample_layers.{s}.0.*":         "downsample_layers.{s}.0.*",
+    "downsample_layers.{s}.1.*":         "downsample_layers.{s}.1.*",
+    "stages.{s}.{b}.dwconv.*":           "stages.{s}.{b}.dwconv.*",
+    "stages.{s}.{b}.norm.*":             "stages.{s}.{b}.norm.*",
+    "stages.{s}.{b}.mlp.pwconv1.*":      "stages.{s}.{b}.pwconv1.*",
+    "stages.{s}.{b}.mlp.grn.gamma":      "stages.{s}.{b}.grn.gamma",
+    "stages.{s}.{b}.mlp.grn.beta":       "stages.{s}.{b}.grn.beta",
+    "stages.{s}.{b}.mlp.pwconv2.*":      "stages.{s}.{b}.pwconv2.*",
+    "stages.{s}.{b}.layer_scale.gamma":  "stages.{s}.{b}.gamma",
+    "head.norm.*":                       "norm.*",
+    "head.fc.*":                         "head.*",
 }  # fmt: skip
+TIMM = {  # https://github.com/huggingface/pytorch-image-models
+    "downsample_layers.0.0.*":           "stem.0.*",
+    "downsample_layers.0.1.*":           "stem.1.*",
+    "downsample_layers.{s}.0.*":         "stages.{s}.downsample.0.*",
+    "downsample_layers.{s}.1.*":         "stages.{s}.downsample.1.*",
+    "stages.{s}.{b}.dwconv.*":           "stages.{s}.blocks.{b}.conv_dw.*",
+    "stages.{s}.{b}.norm.*":             "stages.{s}.blocks.{b}.norm.*",
+    "stages.{s}.{b}.mlp.pwconv1.*":      "stages.{s}.blocks.{b}.mlp.fc1.*",
+    "stages.{s}.{b}.mlp.grn.gamma":      "stages.{s}.blocks.{b}.mlp.grn.weight",
+    "stages.{s}.{b}.mlp.grn.beta":       "stages.{s}.blocks.{b}.mlp.grn.bias",
+    "stages.{s}.{b}.mlp.pwconv2.*":      "stages.{s}.blocks.{b}.mlp.fc2.*",
+    "stages.{s}.{b}.layer_scale.gamma":  "stages.{s}.blocks.{b}.gamma",
+    "head.norm.*":                       "head.norm.*",
+    "head.fc.*":                         "head.fc.*",
+}  # fmt: skip
+TORCHVISION = {  # V1 alone. The gaps in block's numbers are layers without parameters.
+    "downsample_layers.0.0.*":           "features.0.0.*",
+    "downsample_layers.0.1.*":           "features.0.1.*",
+    "downsample_layers.{s}.0.*":         "features.{2s}.0.*",
+    "downsample_layers.{s}.1.*":         "features.{2s}.1.*",
+    "stages.{s}.{b}.dwconv.*":           "features.{2s+1}.{b}.block.0.*",
+    "stages.{s}.{b}.norm.*":             "features.{2s+1}.{b}.block.2.*",
+    "stages.{s}.{b}.mlp.pwconv1.*":      "features.{2s+1}.{b}.block.3.*",
+    "stages.{s}.{b}.mlp.pwconv2.*":      "features.{2s+1}.{b}.block.5.*",
+    "stages.{s}.{b}.layer_scale.gamma":  "features.{2s+1}.{b}.layer_scale",
+    "head.norm.*":                       "classifier.0.*",
+    "head.fc.*":                         "classifier.2.*",
+}  # fmt: skip
+HUGGINGFACE = {  # transformers' base model; in one with a classifier "convnext." comes before
+    "downsample_layers.0.0.*":           "embeddings.patch_embeddings.*",
+    "downsample_layers.0.1.*":           "embeddings.layernorm.*",
+    "downsample_layers.{s}.0.*":         "encoder.stages.{s}.downsampling_layer.0.*",
+    "downsample_layers.{s}.1.*":         "encoder.stages.{s}.downsampling_layer.1.*",
+    "stages.{s}.{b}.dwconv.*":           "encoder.stages.{s}.layers.{b}.dwconv.*",
+    "stages.{s}.{b}.norm.*":             "encoder.stages.{s}.layers.{b}.layernorm.*",
+    "stages.{s}.{b}.mlp.pwconv1.*":      "encoder.stages.{s}.layers.{b}.pwconv1.*",
+    "stages.{s}.{b}.mlp.grn.gamma":      "encoder.stages.{s}.layers.{b}.grn.weight",
+    "stages.{s}.{b}.mlp.grn.beta":       "encoder.stages.{s}.layers.{b}.grn.bias",
+    "stages.{s}.{b}.mlp.pwconv2.*":      "encoder.stages.{s}.layers.{b}.pwconv2.*",
+    "stages.{s}.{b}.layer_scale.gamma":  "encoder.stages.{s}.layers.{b}.layer_scale_parameter",
+    "head.norm.*":                       "layernorm.*",
+    "head.fc.*":                         "classifier.*",
+}  # fmt: skip
+LAYOUTS = {"ours": {}, "meta": META, "timm": TIMM, "torchvision": TORCHVISION,
+           "huggingface": HUGGINGFACE}
+
+# Where a layout's shapes are others than ours, too: by the end of the name, from ours to theirs.
+SHAPES = {
+    "meta": {".grn.gamma": "c -> 1 1 1 c", ".grn.beta": "c -> 1 1 1 c"},
+    "timm": {".fc1.weight": "o i -> o i 1 1", ".fc2.weight": "o i -> o i 1 1"},  # if under 96 wide
+    "torchvision": {".layer_scale": "c -> c 1 1"},
+    "huggingface": {".grn.weight": "c -> 1 1 1 c", ".grn.bias": "c -> 1 1 1 c"},
+}
+
+# What training programs put around a state dict, averages of the weights first as in timm, and
+# what they put before its names.
+WRAPPERS = ("ema", "model_ema", "state_dict_ema", "model", "state_dict")
+PREFIXES = re.compile(r"((module|_orig_mod|model|net|backbone|convnext|convnextv2)\.)*")
+
+SETTINGS = {"args", "classes", "mean", "std"}  # what train.py notes in its files
+
+OTHER_NETWORKS = {  # a parameter that a relative has -> why it does not fit
+    "stem.2.weight": "timm's `_ols`: its stem is two overlapping convolutions",
+    "stem.3.weight": "timm's `_ols`: its stem is two overlapping convolutions",
+    "norm_pre.weight": "timm's `_hnf`: its head normalises before it averages",
+    "head.pre_logits.fc.weight": "timm's `_mlp`: its head has a hidden layer",
+    "blocks.0.dwconv.weight": "an isotropic ConvNeXt: it has one resolution, and no stages",
+    "mask_token": "FCMAE's encoder and decoder: only encoders saved for fine-tuning are ConvNeXts",
+}
 
 
-def _timm_name(name: str) -> str:
-    for ours, theirs in TIMM_NAMES.items():
-        pattern = re.escape(ours).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{b\}", r"(?P<b>\d+)")
-        if match := re.match(pattern + r"(?=\.)", name):
-            return theirs.format(**match.groupdict()) + name[match.end():]
-    raise KeyError(name)
+def names(layout: str) -> dict[str, str]:
+    """Every name that a parameter can have, in stages of up to 40 blocks: ours -> the layout's."""
+    found: dict[str, str] = {}
+    for row in LAYOUTS[layout].items():
+        for s, b, kind in product(range(4), range(40), ("weight", "bias")):
+            numbers = {"s": s, "2s": 2 * s, "2s+1": 2 * s + 1, "b": b}
+            ours, theirs = (name.format_map(numbers).replace("*", kind) for name in row)
+            found.setdefault(ours, theirs)
+    return found
+
+
+def export_state_dict(model: ConvNeXt, layout: str) -> dict[str, Tensor]:
+    """The model's state dict as "meta", "timm", "torchvision", "huggingface" or "ours" has it.
+
+    The tensors share the model's memory. Raises ValueError for another layout, or for what the
+    library could not load: torchvision has no V2, and LayerScale in every block.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    state = model.state_dict()
+    v2 = "stages.0.0.mlp.grn.gamma" in state
+    if layout == "torchvision" and (v2 or "stages.0.0.layer_scale.gamma" not in state):
+        raise ValueError(f"torchvision has no ConvNeXt {'V2' if v2 else 'without LayerScale'}")
+    theirs, shapes = names(layout), SHAPES.get(layout, {})
+    if layout == "timm" and model.downsample_layers[0][0].out_channels >= 96:
+        shapes = {}  # only atto, femto, pico and nano have 1x1 convolutions there
+    exported = {}
+    for name, tensor in state.items():
+        name = theirs.get(name, name)
+        for ending, pattern in shapes.items():
+            if name.endswith(ending):
+                tensor = rearrange(tensor, pattern)
+        if layout == "huggingface" and not name.startswith("classifier."):
+            name = ("convnextv2." if v2 else "convnext.") + name
+        exported[name] = tensor
+    return exported
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -457,9 +601,10 @@ def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
             with zipfile.ZipFile(path) as archive:
                 if (member := archive.testzip()) is not None:
                     raise ValueError(f"the checksum of {member} differs")
-        with warnings.catch_warnings():
+        # weights_only: an ordinary pickle can run any program as it is opened. Beside plain data
+        # the authors' training program stores its arguments, a Namespace, which can not.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # on the way to an error, about the pickle's version
-            # weights_only: an ordinary pickle can run any program as it is opened
             content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, Mapping):
             raise TypeError("not a mapping")
@@ -470,35 +615,201 @@ def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
         raise ValueError(f"{path} is not a readable file of tensors, or it is damaged") from error
 
 
-def load_weights(model: ConvNeXt, source: Mapping[str, Tensor] | str | PathLike) -> None:
-    """Copy weights into the model, all of them or none.
+def download(source: str) -> tuple[str, dict[str, Any]]:
+    """timm:NAME, hf:REPO or an https address -> its file's path, and the settings timm has for it.
 
-    source: a state dict with timm's parameter names or with ours, or the path of a .safetensors,
-    .pt or .pth file that holds one.
-
-    Raises FileNotFoundError for a missing file, and ValueError for one that cannot be read or
-    whose names or shapes are not the model's; the first few are named.
+    The file goes where its library keeps such files, and is fetched only once. Raises ValueError
+    for a name that cannot be, ConnectionError for what cannot be fetched.
     """
-    given = source if isinstance(source, Mapping) else read_file(source)[0]
-    rename = _timm_name if "stem.0.weight" in given else str  # only timm has that name
-    found, problems = {}, []
-    for name, parameter in model.state_dict().items():
-        tensor = given.get(rename(name))
-        if not isinstance(tensor, Tensor):
-            problems.append(f"{rename(name)} is missing")
-            continue
-        if parameter.ndim == 2 and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
-            tensor = rearrange(tensor, "o i 1 1 -> o i")  # timm's small variants: 1x1 convolutions
-        if tensor.shape != parameter.shape:
-            problems.append(f"{rename(name)} is {tuple(tensor.shape)}, here "
-                            f"{tuple(parameter.shape)}")
-        found[name] = tensor
-    unknown = given.keys() - map(rename, model.state_dict())
-    problems += [f"{name} is unknown" for name in sorted(map(str, unknown))]
+    kind, _, name = source.partition(":")
+    settings: dict[str, Any] = {}
+    try:
+        if kind == "https":
+            folder, file = Path(torch.hub.get_dir(), "checkpoints"), name.rpartition("/")[2]
+            # Two addresses may end alike; torchvision's names have the beginning of a hash.
+            path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-{file}"
+            begins = re.search(r"-([0-9a-f]{8,})\.", file)
+            if not path.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(source, str(path), begins and begins[1])
+            return str(path), settings
+        if kind == "timm":
+            import timm
+
+            config = timm.models.get_pretrained_cfg(name)
+            if not config or not config.hf_hub_id:
+                raise ValueError("timm has no pretrained weights of that name")
+            name, settings = config.hf_hub_id, {
+                "mean": list(config.mean), "std": list(config.std),
+                "img_size": config.input_size[-1],
+                "crop_pct": None if config.crop_mode == "squash" else config.crop_pct}
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            return hf_hub_download(name, "model.safetensors"), settings
+        except LocalEntryNotFoundError:  # there is no connection
+            raise
+        except EntryNotFoundError:
+            return hf_hub_download(name, "pytorch_model.bin"), settings
+    except (OSError, RuntimeError, ValueError) as error:
+        kind_of_error = ConnectionError if isinstance(error, OSError) else ValueError
+        raise kind_of_error(f"{source}: {str(error).strip().splitlines()[0]}") from error
+
+
+class Weights(NamedTuple):
+    """A checkpoint in our terms."""
+
+    tensors: dict[str, Tensor]  # by our names, in the shapes of their layout
+    layout: str
+    left_out: list[str]  # entries that are no parameters
+    settings: dict[str, Any]  # train.py's SETTINGS, or timm's mean, std, img_size, crop_pct
+
+
+def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
+    """A checkpoint of any layout, with our names; see load_weights for what a source can be.
+
+    Raises ValueError for anything but a ConvNeXt's weights, and what read_file, download raise.
+    """
+    if isinstance(source, Weights):
+        return source
+    content, settings = source, {}
+    if not isinstance(source, Mapping):
+        path = source
+        if str(source).startswith(("timm:", "hf:", "https:")):
+            path, settings = download(str(source))
+        content, metadata = read_file(path)
+        if metadata.keys() >= SETTINGS:
+            settings = {name: json.loads(metadata[name]) for name in SETTINGS}
+        elif content.keys() >= SETTINGS:
+            settings = {name: content[name] for name in SETTINGS}
+    while wrapper := next((k for k in WRAPPERS if isinstance(content.get(k), Mapping)), None):
+        content = content[wrapper]
+    given = {PREFIXES.sub("", str(name), count=1): value for name, value in content.items()
+             if name != "n_averaged"}  # AveragedModel's counter
+    for name, network in OTHER_NETWORKS.items():
+        if name in given:
+            raise ValueError(f"these are the weights of {network}")
+    for layout in LAYOUTS:
+        theirs = names(layout)
+        first = "stages.0.0.mlp.pwconv1.weight"
+        if theirs.get(first, first) in given:
+            break
+    else:
+        raise ValueError(f"these are no weights of a ConvNeXt ({', '.join([*given][:3])}, ...)")
+    if layout == "timm" and "stem.1.bias" not in given:
+        raise ValueError("these are the weights of timm's `_rms`: its norms have no bias")
+    ours = {there: here for here, there in theirs.items()}
+    tensors = {ours.get(name, name): value for name, value in given.items()
+               if isinstance(value, Tensor)}
+    left_out = [name for name in given if ours.get(name, name) not in tensors]
+    if len(tensors) + len(left_out) < len(content.keys() - {"n_averaged"}):
+        raise ValueError("these weights have two parameters of the same name")
+    return Weights(tensors, layout, left_out, settings)
+
+
+class Report(NamedTuple):
+    """What load_weights did, by our names."""
+
+    layout: str
+    loaded: list[str]
+    kept: list[str]  # parameters that stayed as they were in the model, and why
+    left_out: list[str]  # entries of the source that the model has no place for
+
+    def __str__(self) -> str:
+        total = len(self.loaded) + len(self.kept)
+        text = f"{len(self.loaded)} of {total} parameters loaded, from the layout {self.layout!r}"
+        if self.kept:
+            text += f"; kept as they were: {', '.join(self.kept)}"
+        if self.left_out:
+            text += f"; left out: {', '.join(self.left_out)}"
+        return text
+
+
+def load_weights(model: ConvNeXt, source: Weights | Mapping | str | PathLike) -> Report:
+    """Copy weights into the model: all of them but for a stem or a head that does not fit, or none.
+
+    source: a state dict, or the path of a .safetensors, .pt, .pth or .bin file that holds one, an
+    https address of such a file, `timm:NAME`, `hf:REPO`, or what read_weights returned; in the
+    layout of Meta, timm, torchvision, Hugging Face or this file. The model keeps its classifier if
+    the source has another number of classes or none (as a backbone has), its last norm if the
+    source has neither, and its stem if the patches or channels differ; a warning then says so.
+
+    Raises ValueError for weights that cannot be read, or of another network; FileNotFoundError for
+    a missing file and ConnectionError for one that cannot be fetched. The model is then unchanged.
+    """
+    weights = read_weights(source)
+    given, state = weights.tensors, model.state_dict()
+    stem, norm, classifier = "downsample_layers.0.0.", "head.norm.", "head.fc."
+    backbone = not any(name.startswith(classifier) for name in given)
+
+    def shape(tensor: Tensor) -> list[int]:  # some layouts have additional axes of length 1
+        return [size for size in tensor.shape if size != 1]
+
+    found, kept, problems = {}, {}, []
+    for name, parameter in state.items():
+        tensor = given.get(name)
+        if tensor is None:
+            if backbone and name.startswith((classifier, norm)) and (
+                    name.startswith(classifier) or "head.norm.weight" not in given):
+                kept[name] = "is not in the source"
+            else:
+                problems.append(f"{name} is missing")
+        elif shape(tensor) != shape(parameter):
+            message = f"is {tuple(tensor.shape)} there, {tuple(parameter.shape)} here"
+            if name.startswith((stem, classifier)):
+                kept[name] = message
+            else:
+                problems.append(f"{name} {message}")
+        else:
+            found[name] = tensor.reshape(parameter.shape)
+    if f"{stem}weight" in kept and found.pop(f"{stem}bias", None) is not None:
+        kept[f"{stem}bias"] = "belongs to it"
+    left_out = [name for name in given if name not in state]
+    problems += [f"{name} is unknown" for name in left_out if not name.startswith(classifier)]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(found)
+    model.load_state_dict(found, strict=False)
+    report = Report(weights.layout, [*found], [f"{name} {why}" for name, why in kept.items()],
+                    left_out + weights.left_out)
+    if report.kept or report.left_out:
+        warnings.warn(str(report), stacklevel=2)
+    return report
+
+
+def infer_architecture(weights: Weights) -> dict[str, Any]:
+    """create_convnext's arguments for the network that has these weights, from their shapes."""
+    tensors = weights.tensors
+    try:
+        stem = tensors["downsample_layers.0.0.weight"]
+        dims = tuple(len(tensors[f"stages.{s}.0.dwconv.weight"]) for s in range(4))
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]} is missing") from error
+    depths = tuple(sum(name.startswith(f"stages.{s}.") and name.endswith(".dwconv.weight")
+                       for name in tensors) for s in range(4))
+    shape = Variant(depths, dims, grn="stages.0.0.mlp.grn.gamma" in tensors)
+    variant = next((name for name, other in VARIANTS.items() if other == shape), None)
+    if variant is None:
+        raise ValueError(f"no variant has {depths} blocks of {dims} channels"
+                         f"{' and GRN' if shape.grn else ''}")
+    return {"variant": variant, "in_channels": stem.shape[1], "patch_size": stem.shape[2],
+            "num_classes": len(tensors.get("head.fc.weight", ())),
+            "layer_scale": 1e-6 if "stages.0.0.layer_scale.gamma" in tensors else 0.0}
+
+
+def from_checkpoint(source: Weights | Mapping | str | PathLike) -> ConvNeXt:
+    """The network that a checkpoint holds, with its weights, in evaluation mode.
+
+    source, errors: see load_weights. Variant, classes (none for a backbone), channels and patch
+    size follow from the tensors.
+    """
+    weights = read_weights(source)
+    with torch.device("meta"):  # no random numbers for what is overwritten at once
+        model = create_convnext(**infer_architecture(weights))
+    model.to_empty(device="cpu").head.norm.reset_parameters()  # which a backbone may lack
+    load_weights(model, weights)
+    return model.eval()
 
 
 # --- Faster: the same function, sooner. Nothing else is to be learned here: skip it at will. ----

@@ -2,8 +2,10 @@
 
     python train.py --variant tiny --epochs 100       # the full recipe; downloads CIFAR-10
     python train.py --dataset folder --data-dir DIR --img-size 224 --patch-size 4
+    python train.py --init-from timm:convnext_tiny.fb_in22k --recipe finetune --dataset folder ...
+    python train.py --teacher runs/NAME/weights.safetensors --variant atto ...    # distillation
     python train.py --resume runs/NAME/last.pt        # go on where a run stopped
-    python train.py --eval-only runs/NAME/last.pt     # only measure the accuracy
+    python train.py --eval-only CHECKPOINT            # only measure the accuracy; any layout
 
 It is the paper's recipe for ImageNet (table 5) brought down to a hundred epochs of 32x32 images;
 README.md lists the changes and the measurements behind them. In the order in which it runs:
@@ -30,7 +32,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -126,29 +129,24 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="python train.py [--option value ...]; --help lists the options",
-        description=__doc__.partition("\n")[0],
-        formatter_class=HelpFormatter, allow_abbrev=False)  # --mix must not pass for --mixup
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=("cifar10", "folder", "synthetic"), default="cifar10",
-        help="what to train on")
+    add("--dataset", choices=("cifar10", "cifar100", "food101", "imagenet", "folder", "synthetic"),
+        default="cifar10", help="what to train on")
     add("--data-dir", default="data", metavar="DIR",
-        help="CIFAR-10's place; for folder: has train/ and test/ (or val/), with a folder a class")
+        help="the data set's place; for folder: has train/ and test/ (or val/), with a folder a "
+        "class")
     add("--img-size", type=whole("[1, inf)"), default=32, metavar="N",
-        help="side; images of up to 64x64 are kept in memory, larger ones read as needed")
+        help="side; by default that of --init-from's images. Images of up to 64x64 are kept in "
+        "memory, larger ones read as needed")
+    add("--crop-pct", type=real("(0, 1]"), metavar="P",
+        help="share of the shorter side that is tested; default 1 up to 64x64, 0.875 above; from "
+        "384x384 on the whole image, squeezed into a square")
     add("--val-size", type=whole("[0, inf)"), default=0, metavar="N",
         help="hold out N training images, and let them choose best.pt")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read")
     add("--workers", "-j", type=whole("[0, inf)"), default=min(8, os.cpu_count() or 1),
         metavar="N", help="processes that read images")
-    add = parser.add_argument_group("model").add_argument
-    add("--variant", "--model", choices=convnext.VARIANTS, default="tiny", help="size")
-    # 2 and 0.1 where the paper has 4 and 1e-6: both learn faster here, README.md has the tables
-    add("--patch-size", type=int, choices=(1, 2, 4), default=2, help="stride of the stem")
-    add("--drop-path", type=real("[0, 1)"), default=0.1, help="stochastic depth, at the last block")
-    add("--layer-scale", type=real("[0, inf)"), default=0.1, help="initial value; 0: none")
     add = parser.add_argument_group("augmentation (0 turns a part off)").add_argument
     add("--crop-padding", type=whole("[0, inf)"), default=4, help="pixels, of images up to 64x64")
     add("--crop-scale", type=real("[0, 1]"), default=0.08, help="least area, of larger images")
@@ -159,12 +157,48 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cutmix", type=real("[0, inf)"), default=1.0, help="alpha")
     add("--mix-prob", type=real("[0, 1]"), default=1.0, help="chance that a batch is mixed")
     add("--mix-off-epochs", type=whole("[0, inf)"), metavar="N", help="last, unmixed; default 1/10")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--variant", "--model", choices=convnext.VARIANTS, default="tiny", metavar="NAME",
+        help=f"size: {', '.join(convnext.VARIANTS)}; by default that of --init-from")
+    # 2 and 0.1 where the paper has 4 and 1e-6: both learn faster here, README.md has the tables
+    add("--patch-size", type=int, choices=(1, 2, 4), default=2, help="stride of the stem")
+    add("--drop-path", type=real("[0, 1)"), default=0.1, help="stochastic depth, at the last block")
+    add("--layer-scale", type=real("[0, inf)"), metavar="X",
+        help="initial value; 0: none; default 0.1, V2: none")
+    add("--head-init-scale", type=real("[0, inf)"), default=1.0, metavar="X",
+        help="factor on the classifier's first weights")
+    add = parser.add_argument_group("pretrained weights").add_argument
+    add("--init-from", metavar="SOURCE",
+        help="begin with these: a file, an https address, timm:NAME or hf:REPO; in the layout of "
+        "Meta, timm, torchvision, Hugging Face or this program")
+    add("--freeze-backbone", action="store_true", help="train the classifier alone")
+    add("--teacher", metavar="SOURCE", help="learn from this network's answers, too (distillation)")
+    add("--distill-alpha", type=real("[0, 1]"), metavar="A",
+        help="the teacher's share of the loss; default 0.5")
+    add("--distill-temperature", type=real("(0, inf)"), metavar="T",
+        help="softens the answers; default 2")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage="python train.py [--option value ...]; --help lists the options",
+        description=__doc__.partition("\n")[0],
+        formatter_class=HelpFormatter, allow_abbrev=False)  # --mix must not pass for --mixup
+    add_data_arguments(parser)
+    add_model_arguments(parser)
     add = parser.add_argument_group("optimisation").add_argument
+    add("--recipe", choices=("scratch", "finetune"), default="scratch",
+        help="finetune: other defaults, for --init-from (the paper's table 6)")
     add("--epochs", type=whole("[1, inf)"), default=100, help="passes over the data")
     add("--batch-size", "-b", type=whole("[1, inf)"), default=128, help="images a step")
     add("--accumulate", type=whole("[1, inf)"), default=1, help="parts of a batch, to save memory")
     add("--lr", type=real("(0, inf)"), default=1e-3, help="highest learning rate")
     add("--min-lr", type=real("[0, inf)"), default=1e-6, help="last learning rate")
+    add("--layer-decay", type=real("(0, 1]"), default=1.0, metavar="X",
+        help="factor on the learning rate from each layer to the one before")
     add("--warmup-epochs", type=real("[0, inf)"), metavar="N", help="default 1/20 of the run")
     add("--weight-decay", "--wd", type=real("[0, inf)"), default=0.05,
         help="of convolutions and linear layers")
@@ -184,8 +218,24 @@ def make_parser() -> argparse.ArgumentParser:
     add("--override", action="store_true", help="let --resume change arguments")
     add = group.add_mutually_exclusive_group().add_argument
     add("--resume", metavar="LAST.PT", help="continue this run, with its arguments")
-    add("--eval-only", metavar="CHECKPOINT", help="measure last.pt, best.pt, weights.safetensors")
+    add("--eval-only", metavar="SOURCE",
+        help="measure last.pt, best.pt, weights.safetensors, or whatever --init-from takes")
     return parser
+
+
+def finetune_recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """The paper's table 6: from ImageNet-22K to ImageNet-1K. Each flag given by hand wins."""
+    scale = args.batch_size / 512
+    name = args.variant.removeprefix("v2_")
+    # Stochastic depth of T, S, B, L, XL; none for what is smaller. Huge: V2's table 13.
+    drop_path = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.5}.get(name, 0.0)
+    return {
+        "epochs": 30, "lr": 5e-5 * scale, "min_lr": 1e-6 * scale, "warmup_epochs": 0.0,
+        "weight_decay": 1e-8, "layer_decay": 0.8, "rand_augment": 9.0, "mixup": 0.0, "cutmix": 0.0,
+        "random_erase": 0.25, "label_smoothing": 0.1, "clip_grad": 0.0, "head_init_scale": 0.001,
+        "drop_path": drop_path,
+        # 0.9999 in the paper's 75,000 steps, for XL only: 10,000 of them are 13 %.
+        "ema_horizon": 0.13 if name == "xlarge" else 0.0}
 
 
 def refuse_changes(parser: argparse.ArgumentParser, args: argparse.Namespace,
@@ -194,7 +244,8 @@ def refuse_changes(parser: argparse.ArgumentParser, args: argparse.Namespace,
     path, fixed = args.resume or args.eval_only, {"variant", "patch_size", "layer_scale"}
     if args.eval_only:  # the network alone matters
         saved = {k: v for k, v in saved.items() if k in fixed}
-    fixed |= {"dataset", "img_size", "val_size", "skip_bad", "batch_size", "ema_horizon", "output"}
+    fixed |= {"dataset", "img_size", "val_size", "skip_bad", "batch_size", "ema_horizon", "output",
+              "recipe", "init_from", "freeze_backbone", "layer_decay"}
     changed = [k for k, v in saved.items()
                if getattr(args, k) != v and k not in ("data_dir", "device", "workers")]
     table = "".join(f"\n  --{k.replace('_', '-')}: was {saved[k]}, now {getattr(args, k)}"
@@ -208,14 +259,15 @@ def refuse_changes(parser: argparse.ArgumentParser, args: argparse.Namespace,
         say(f"note: --override of {len(changed)} arguments:{table}", sys.stderr)
 
 
-def parse_args(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
-    """The command line -> the arguments, and the checkpoint that they name, if they do."""
+def parse_args(argv: list[str]) -> tuple[
+        argparse.Namespace, dict | None, convnext.Weights | None]:
+    """The command line -> the arguments, the checkpoint and the first weights they name, if any."""
     # the authors write --drop_path
     argv = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     parser = make_parser()
-    args, checkpoint = parser.parse_args(argv), None
+    args, checkpoint, weights = parser.parse_args(argv), None, None
     if path := args.resume or args.eval_only:
-        checkpoint = read_checkpoint(Path(path))
+        checkpoint = read_checkpoint(path, any_layout=bool(args.eval_only))
         saved = {k: v for k, v in checkpoint["args"].items()
                  if k not in ("resume", "override", "eval_only")}
         parser.set_defaults(**saved)  # the command line still overrides them ...
@@ -227,23 +279,74 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
         if args.resume and Path(path).name != "last.pt" and newer.exists() and not args.override:
             parser.error(f"--resume {path} would replace {newer}: take that, or add --override")
         args.output = str(Path(path).parent)
+    else:
+        if args.init_from:
+            weights = read_weights(args.init_from)
+            parser.set_defaults(**network_arguments(weights))
+        elif args.recipe == "finetune" or args.freeze_backbone:
+            parser.error("--recipe finetune and --freeze-backbone need weights: --init-from SOURCE")
+        args = parser.parse_args(argv)
+        if args.recipe == "finetune":
+            parser.set_defaults(**finetune_recipe(args))
+        if args.freeze_backbone:  # what does not learn needs no noise
+            parser.set_defaults(drop_path=0.0)
+        args = parser.parse_args(argv)
+    complete_arguments(parser, args)
+    if args.epochs < len((checkpoint or {}).get("history", [])):
+        parser.error("argument --epochs: must be no less than have been trained")
+    return args, checkpoint, weights
+
+
+def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Defaults that depend on other arguments, and the limits that do."""
+    if args.layer_scale is None:
+        args.layer_scale = 0.0 if convnext.VARIANTS[args.variant].grn else 0.1
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 20
     if args.mix_off_epochs is None:
         args.mix_off_epochs = args.epochs // 10
+    distill = (args.distill_alpha, args.distill_temperature)
+    if args.teacher:
+        args.distill_alpha, args.distill_temperature = (
+            default if given is None else given for given, default in zip(distill, (0.5, 2.0)))
+    elif distill != (None, None):
+        parser.error("--distill-alpha and --distill-temperature need a --teacher")
     stride = 8 * args.patch_size  # of the whole network
     for name, ok, allowed in (
         ("--warmup-epochs", args.warmup_epochs < args.epochs, f"below --epochs, {args.epochs}"),
         ("--min-lr", args.min_lr <= args.lr, f"up to --lr, {args.lr}"),
         ("--accumulate", args.accumulate <= args.batch_size, f"up to {args.batch_size}, a batch"),
         ("--img-size", args.img_size >= stride, f"{stride} or more at this --patch-size"),
-        ("--epochs", args.epochs >= len((checkpoint or {}).get("history", [])),
-         "no less than have been trained"),
         ("--crop-padding", args.crop_padding < args.img_size, f"below {args.img_size}, the image"),
     ):
         if not ok:
             parser.error(f"argument {name}: must be {allowed}")
-    return args, checkpoint
+
+
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def read_weights(source: str) -> convnext.Weights:
+    """Whatever --init-from, --teacher or --eval-only name; published files are ImageNet's."""
+    try:
+        weights = convnext.read_weights(source)
+        convnext.infer_architecture(weights)  # refuses what is no variant
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {source}") from error
+    except ConnectionError as error:
+        raise UserError(f"could not fetch {error}; or give the path of a file") from error
+    except (ValueError, ModuleNotFoundError) as error:
+        raise UserError(f"{source}: {error}".replace(f"{source}: {source}", source)) from error
+    settings = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "classes": None, "args": {}}
+    return weights._replace(settings=settings | weights.settings)
+
+
+def network_arguments(weights: convnext.Weights) -> dict[str, Any]:
+    """The arguments that describe the network of these weights, and the images it was made for."""
+    network = convnext.infer_architecture(weights)
+    sizes = {"img_size": weights.settings["args"].get("img_size", 224)}
+    sizes |= {k: weights.settings[k] for k in ("img_size", "crop_pct") if k in weights.settings}
+    return {k: network[k] for k in ("variant", "patch_size", "layer_scale")} | sizes
 
 
 def pick_device(name: str) -> torch.device:
@@ -289,96 +392,138 @@ class InMemory(Dataset):
         return self.images[indices], self.labels[indices]
 
 
-class Folder(Dataset):
-    """root/<class>/*.jpg etc. of any size and colour mode; `cut` makes squares of them.
+def evaluation_cut(args: argparse.Namespace) -> T.Transform:
+    """A picture of any size -> a square of --img-size, as the authors cut for evaluation."""
+    side, bicubic = args.img_size, T.InterpolationMode.BICUBIC
+    if side >= 384 and not args.crop_pct:
+        return T.Resize((side, side), interpolation=bicubic)
+    share = args.crop_pct or (1 if side <= SMALL else 0.875)  # 224 of 256
+    return T.Compose([T.Resize(int(side / share), interpolation=bicubic), T.CenterCrop(side)])
 
-    `classes`, if given, are the training set's: a class is known by its name, not its position.
+
+class Pictures(Dataset):
+    """Pictures of any size and colour mode, read when they are needed; `cut` makes squares of them.
+
+    `samples` has a picture or its path, and a label, for each; a torchvision data set will do.
     `seed`, set for each epoch, is that of the random cuts: an image's follows from it and the
     image alone, whichever worker cuts it.
     """
 
     seed = 0
 
-    def __init__(self, root: Path, args: argparse.Namespace, classes: list[str] | None) -> None:
-        found = sorted(entry.name for entry in os.scandir(root)
-                       if entry.is_dir() and not entry.name.startswith("."))
-        self.root, self.classes = root, classes or found
-        if len(self.classes) < 2:
-            raise UserError(f"{root} must have two class folders or more, not {len(found)}")
-        if unknown := sorted(set(found) - set(self.classes)):
-            raise UserError(f"{root} has classes that training has not: {', '.join(unknown)}")
-        # the middle; of larger images 7/8 of the shorter side, as the authors evaluate
-        side = args.img_size if args.img_size <= SMALL else round(args.img_size / 0.875)
-        bicubic = T.Resize(side, interpolation=T.InterpolationMode.BICUBIC)
-        self.cut = T.Compose([bicubic, T.CenterCrop(args.img_size)])
-        labels = {name: label for label, name in enumerate(self.classes)}
-        self.samples = make_dataset(str(root), labels, IMG_EXTENSIONS, allow_empty=True)
+    def __init__(self, name: str, samples: Sequence, classes: list[str],
+                 args: argparse.Namespace) -> None:
+        self.name, self.samples, self.classes = name, samples, classes
+        self.cut = evaluation_cut(args)
         if args.skip_bad:
             self.skip_bad(args.workers)
-        if missing := sorted(set(labels) - {self.classes[label] for _, label in self.samples}):
-            message = f"{root} has no images of {', '.join(missing)}"
-            if not classes or not self.samples:
-                raise UserError(message)
-            say(f"note: {message}", sys.stderr)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.samples[index]
+        picture, label = self.read(index)
         torch.manual_seed(self.seed - index)
-        return TF.pil_to_tensor(self.cut(self.read(path))), label
+        return TF.pil_to_tensor(self.cut(picture)), label
 
-    def read(self, path: str) -> Image.Image:
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        name = f"number {index} of {self.name}"
         try:
-            return default_loader(path)  # converts to RGB
+            picture, label = self.samples[index]
+            if isinstance(picture, str):
+                name = picture
+                picture = default_loader(name)  # converts to RGB
+            return picture, label
         except Exception as error:  # Pillow has many
-            raise UserError(f"cannot read the image {path} ({error}); --skip-bad leaves such "
+            raise UserError(f"cannot read the image {name} ({error}); --skip-bad leaves such "
                             "images out") from error
 
     def skip_bad(self, threads: int) -> None:
         """Read every image once, and leave out, with a count, those that cannot be read."""
 
-        def readable(sample: tuple[str, int]) -> bool:
-            with contextlib.suppress(UserError):
-                self.read(sample[0])
-                return True
-            return False
+        def fault(index: int) -> str:
+            try:
+                self.read(index)
+                return ""
+            except UserError as error:
+                return str(error).removeprefix("cannot read the image ").partition(" (")[0]
 
         with ThreadPool(max(1, threads)) as pool:
-            good = list(tqdm(pool.imap(readable, self.samples), f"checking {self.root}",
-                             len(self.samples), disable=None, leave=False))
-        if bad := [path for (path, _), fine in zip(self.samples, good) if not fine]:
-            say(f"note: {self.root}: left out {len(bad)} of {len(good)} images: "
+            faults = list(tqdm(pool.imap(fault, range(len(self))), f"checking {self.name}",
+                               len(self), disable=None, leave=False))
+        if bad := [name for name in faults if name]:
+            say(f"note: {self.name}: left out {len(bad)} of {len(self)} images: "
                 f"{', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}", sys.stderr)
-        self.samples = [sample for sample, fine in zip(self.samples, good) if fine]
+        self.samples = Subset(self.samples, [i for i, name in enumerate(faults) if not name])
 
 
-def load_folder(args: argparse.Namespace, train: bool, classes: list[str] | None) -> Dataset:
-    root, names = Path(args.data_dir), ("train",) if train else ("test", "val")
-    path = next((root / name for name in names if (root / name).is_dir()), None)
-    if path is None:
-        raise UserError(f"--data-dir {root} has no {'/ or '.join(names)}/; it must hold train/ and "
-                        "val/ or test/, each with a folder for each class")
-    data = Folder(path, args, classes)
-    if args.img_size > SMALL:
-        return data
-    parts = list(tqdm(batches(data, 500, args.workers), f"reading {path}", unit="batch",
-                      total=math.ceil(len(data) / 500), disable=None, leave=False))
-    images, labels = (torch.cat(part) for part in zip(*parts))
-    return InMemory(images, labels, data.classes)
+def load_folder(args: argparse.Namespace, train: bool, classes: list[str] | None) -> Pictures:
+    """DIR/train or DIR/test/<class>/*.jpg etc.; `classes`, if given, are those of training.
+
+    A class is known by its name, not by its position.
+    """
+    place, parts = Path(args.data_dir), ("train",) if train else ("test", "val")
+    root = next((place / part for part in parts if (place / part).is_dir()), None)
+    if root is None:
+        raise UserError(f"--data-dir {place} has no {'/ or '.join(parts)}/; it must hold train/ "
+                        "and val/ or test/, each with a folder for each class")
+    found = sorted(entry.name for entry in os.scandir(root)
+                   if entry.is_dir() and not entry.name.startswith("."))
+    names = classes or found
+    if len(names) < 2:
+        raise UserError(f"{root} must have two class folders or more, not {len(found)}")
+    if unknown := sorted(set(found) - set(names)):
+        raise UserError(f"{root} has classes that training has not: {', '.join(unknown)}")
+    labels = {name: label for label, name in enumerate(names)}
+    samples = make_dataset(str(root), labels, IMG_EXTENSIONS, allow_empty=True)
+    data = Pictures(str(root), samples, names, args)
+    seen = {label for _, label in data.samples}
+    if missing := [name for name, label in labels.items() if label not in seen]:
+        message = f"{root} has no images of {', '.join(missing)}"
+        if not classes or not seen:
+            raise UserError(message)
+        say(f"note: {message}", sys.stderr)
+    return data
 
 
-def load_cifar10(root: str, train: bool) -> InMemory:
+FOOD101_IMAGES = 101_000
+OTHERWISE = {  # what to do where torchvision cannot load a data set
+    "cifar10": "Put cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html into "
+               "{}/, or use --dataset folder --data-dir DIR, or --dataset synthetic",
+    "cifar100": "Put cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html "
+                "into {}/",
+    "food101": "Remove {0}/food-101, if it is there, and put food-101.tar.gz from "
+               "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz into {0}/",
+    "imagenet": "Put ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and "
+                "ILSVRC2012_img_val.tar from https://image-net.org into {}/ (unpacking them takes "
+                "`pip install scipy`); or, if the images are in train/ and val/ with a folder for "
+                "each class, use --dataset folder",
+}
+
+
+def load_torchvision(args: argparse.Namespace, train: bool) -> Pictures | InMemory:
+    """One of torchvision's data sets, downloaded if that is allowed (not ImageNet's)."""
+    root, name = args.data_dir, args.dataset
+    sets = torchvision.datasets
     try:
-        data = torchvision.datasets.CIFAR10(root, train, download=True)  # checks the md5 sum
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"CIFAR-10 could not be downloaded ({error}). Put cifar-10-python.tar.gz from "
-            f"https://www.cs.toronto.edu/~kriz/cifar.html into {root}/, or use --dataset folder "
-            "--data-dir DIR, or --dataset synthetic") from error
-    images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
-    return InMemory(images, torch.tensor(data.targets), data.classes)
+        if name == "imagenet":
+            data = sets.ImageNet(root, "train" if train else "val")
+            return Pictures(name, data.samples, data.wnids, args)  # some class names occur twice
+        if name == "food101":
+            data = sets.Food101(root, "train" if train else "test", download=True)
+            there = sum(len(files) for *_, files in os.walk(Path(root, "food-101", "images")))
+            if there < FOOD101_IMAGES:  # torchvision looks no further than the folder
+                raise RuntimeError(f"{there:,} of {FOOD101_IMAGES:,} images are there")
+        else:  # their md5 sums are checked
+            data = (sets.CIFAR10 if name == "cifar10" else sets.CIFAR100)(
+                root, train, download=True)
+    except (OSError, RuntimeError, ModuleNotFoundError) as error:
+        raise UserError(f"{name} could not be loaded ({str(error).strip().splitlines()[0]}). "
+                        f"{OTHERWISE[name].format(root)}") from error
+    if name.startswith("cifar") and args.img_size == 32:
+        images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
+        return InMemory(images, torch.tensor(data.targets), data.classes)
+    return Pictures(name, data, data.classes, args)
 
 
 SHAPES = {  # inside or outside, for u and v running from -1 to 1 across the shape
@@ -417,13 +562,18 @@ def draw_shapes(count: int, size: int, seed: int) -> InMemory:
 def load_split(args: argparse.Namespace, train: bool,
                classes: list[str] | None = None) -> Dataset:
     """The training or the test images, nothing about them random yet."""
-    if args.dataset == "folder":
-        return load_folder(args, train, classes)
     if args.dataset == "synthetic":
         return draw_shapes(5000 if train else 1000, args.img_size, seed=int(train))
-    if args.img_size != 32:
-        raise UserError("the images of CIFAR-10 are 32x32; leave out --img-size")
-    return load_cifar10(args.data_dir, train)
+    if args.dataset == "folder":
+        data = load_folder(args, train, classes)
+    else:
+        data = load_torchvision(args, train)
+    if isinstance(data, InMemory) or args.img_size > SMALL:
+        return data
+    parts = list(tqdm(batches(data, 500, args.workers), f"reading {data.name}", unit="batch",
+                      total=math.ceil(len(data) / 500), disable=None, leave=False))
+    images, labels = (torch.cat(part) for part in zip(*parts))
+    return InMemory(images, labels, data.classes)
 
 
 def leave_group(_worker: int) -> None:
@@ -477,10 +627,12 @@ class Data(NamedTuple):
     std: Tensor
 
 
-def prepare_data(args: argparse.Namespace, device: torch.device) -> Data:
+def prepare_data(args: argparse.Namespace, device: torch.device,
+                 statistics: tuple[list, list] | None = None) -> Data:
+    """`statistics`: the mean and standard deviation to use instead of the training images' own."""
     plain, val = load_split(args, train=True), None
     train, classes = copy(plain), plain.classes
-    if isinstance(train, Folder):  # images too large to be kept: crop at random while reading
+    if isinstance(train, Pictures):  # images too large to be kept: crop at random while reading
         train.cut = T.RandomResizedCrop(args.img_size, (args.crop_scale, 1),
                                         interpolation=T.InterpolationMode.BICUBIC)
     test = load_split(args, train=False, classes=classes)
@@ -490,7 +642,8 @@ def prepare_data(args: argparse.Namespace, device: torch.device) -> Data:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         val = Subset(plain, order[: args.val_size])
         train = Subset(train, order[args.val_size :])
-    mean, std = channel_statistics(plain, args.workers)
+    mean, std = (map(torch.tensor, statistics) if statistics
+                 else channel_statistics(plain, args.workers))
     return Data(train, val, test, classes, mean.to(device), std.to(device))
 
 
@@ -676,12 +829,38 @@ def augment(args: argparse.Namespace, data: Data, x: Tensor, labels: Tensor,
 # --- 4. Optimisation ----------------------------------------------------------------------------
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Only matrices and filters decay: norms, biases and LayerScale have one axis and do not."""
-    weights = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": weights, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0}]
+def layer_number(name: str, depths: tuple[int, ...]) -> int:
+    """Where a parameter stands for layer-wise learning rate decay: 0 for the stem, and so on.
+
+    The authors' groups: three blocks of the long third stage count as one layer, and each of the
+    other stages, with the Downsample before it, as one. (They have it for 27 blocks in that
+    stage; in their detection code, as here, it depends on the depth.) The head comes last.
+    """
+    last = 3 + math.ceil(depths[2] / 3)  # the fourth stage
+    if name.startswith("head."):
+        return last + 1
+    part, stage, block = name.split(".")[:3]
+    if part == "downsample_layers":
+        return (0, 2, 3, last)[int(stage)]
+    return (1, 2, 3 + int(block) // 3, last)[int(stage)]
+
+
+def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
+                     layer_decay: float = 1.0) -> list[dict]:
+    """What trains, by weight decay and by `lr_scale`, the factor on its learning rate.
+
+    Only matrices and filters decay: norms, biases, LayerScale and GRN have one axis and do not.
+    """
+    depths, groups = tuple(map(len, model.stages)), {}
+    last = layer_number("head.", depths)
+    for decays in (True, False):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and (parameter.ndim >= 2) == decays:
+                lr_scale = layer_decay ** (last - layer_number(name, depths))
+                group = groups.setdefault((decays, lr_scale), {
+                    "params": [], "weight_decay": weight_decay * decays, "lr_scale": lr_scale})
+                group["params"].append(parameter)
+    return list(groups.values())
 
 
 def lr_at(step: int, total: int, warmup: int, peak: float, floor: float) -> float:
@@ -705,6 +884,35 @@ def make_ema(model: nn.Module, horizon: float, total: int) -> AveragedModel | No
         return None
     steps = max(1.0, horizon * total)
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps)).eval()
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T²·KL(softmax(teacher / T) ‖ softmax(logits / T)) (Hinton et al., 2015). (b, classes) twice.
+
+    The teacher's small probabilities say what a class looks like, too; a T above 1 raises them.
+    Gradients fall with 1 / T², hence the factor.
+    """
+    ours, theirs = ((x / temperature).log_softmax(1) for x in (logits, teacher))
+    return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
+
+def load_teacher(args: argparse.Namespace, data: Data) -> Callable[[Tensor], Tensor]:
+    """The network that --teacher names, as a function of normalised images (b, 3, h, w)."""
+    weights = read_weights(args.teacher)
+    device, settings = data.mean.device, weights.settings
+    model = convnext.from_checkpoint(weights).requires_grad_(False).to(
+        device, memory_format=torch.channels_last)
+    classes = settings["classes"] or [None] * len(weights.tensors.get("head.fc.weight", ()))
+    if len(classes) != len(data.classes) or settings["classes"] not in (None, data.classes):
+        raise UserError(f"--teacher {args.teacher} knows other classes than these "
+                        f"{len(data.classes)}: {', '.join(map(str, classes[:4]))}, ... "
+                        f"({len(classes)})")
+    if args.img_size < model.total_stride or model.in_channels != 3:
+        raise UserError(f"--teacher {args.teacher} takes images of {model.total_stride} pixels or "
+                        f"more and {model.in_channels} channels")
+    mean, std = (torch.tensor(settings[name], device=device) for name in ("mean", "std"))
+    scale, shift = (rearrange(v, "c -> c 1 1") for v in (data.std / std, (data.mean - mean) / std))
+    return lambda x: model(x * scale + shift)  # from our normalisation to its own
 
 
 # --- 5. Evaluation ------------------------------------------------------------------------------
@@ -733,7 +941,7 @@ def evaluate(model: nn.Module, images: Dataset, mean: Tensor, std: Tensor, worke
 def build_model(args: argparse.Namespace, classes: int) -> convnext.ConvNeXt:
     return convnext.create_convnext(
         args.variant, num_classes=classes, patch_size=args.patch_size, drop_path=args.drop_path,
-        layer_scale=args.layer_scale)
+        layer_scale=args.layer_scale, head_init_scale=args.head_init_scale)
 
 
 def keep_freed_memory() -> None:
@@ -750,11 +958,14 @@ def keep_freed_memory() -> None:
 class Run:
     """All that a run consists of; `state` is the part that cannot be made anew."""
 
-    def __init__(self, args: argparse.Namespace, checkpoint: dict | None) -> None:
+    def __init__(self, args: argparse.Namespace, checkpoint: dict | None = None,
+                 weights: convnext.Weights | None = None) -> None:
         device = pick_device(args.device)
         self.args, self.folder = args, Path(args.output)
         self.precision = pick_precision(args.amp, device)
-        self.data = prepare_data(args, device)
+        origin = checkpoint or (weights.settings if weights else None)
+        self.data = prepare_data(args, device, origin and (origin["mean"], origin["std"]))
+        self.teacher = load_teacher(args, self.data) if args.teacher else None
         self.steps = max(1, len(self.data.train) // args.batch_size)  # in an epoch
         self.total = self.steps * args.epochs
         self.step = 0  # of the run, the next one
@@ -769,15 +980,28 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = build_model(args, len(self.data.classes)).to(
             device, memory_format=torch.channels_last)
+        self.initialised = self.initialise(weights) if weights else ""
+        if args.freeze_backbone:
+            self.model.requires_grad_(False).head.fc.requires_grad_(True)
         self.ema = make_ema(self.model, args.ema_horizon, self.total)
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, args.weight_decay), lr=args.lr, fused=True)
+            parameter_groups(self.model, args.weight_decay, args.layer_decay), lr=args.lr,
+            fused=True)
         # float16 alone has too small a range for gradients: they are scaled up, and back down
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         if checkpoint:
             self.load_state(checkpoint)
         if args.compile:
             self.model.compile()  # in place: the names in the checkpoint stay as they are
+
+    def initialise(self, weights: convnext.Weights) -> str:
+        """Begin with pretrained weights -> what was loaded, and what was not."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # `describe` says it
+                return str(convnext.load_weights(self.model, weights))
+        except ValueError as error:
+            raise UserError(f"--init-from {self.args.init_from}: {error}") from error
 
     @property
     def lr(self) -> float:
@@ -809,9 +1033,10 @@ class Run:
             raise UserError(f"{self.args.resume} was trained on other images than these")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, now in zip(self.optimizer.param_groups,
-                              parameter_groups(self.model, self.args.weight_decay)):
-            group["weight_decay"] = now["weight_decay"]  # --override may have changed it
+        for group, now in zip(self.optimizer.param_groups, parameter_groups(
+                self.model, self.args.weight_decay, self.args.layer_decay)):
+            # --override may have changed the one, and older files lack the other
+            group |= {k: now[k] for k in ("weight_decay", "lr_scale")}
         if state["scaler"]:  # a run in float16
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.so_far = state["step"], state["history"], state["so_far"]
@@ -822,7 +1047,7 @@ class Run:
             self.finite["loss"] = self.history[-1]["train_loss"]
         before, now = state["args"]["epochs"], self.args.epochs
         if before != now and self.step < self.total:
-            lr = self.optimizer.param_groups[0]["lr"]
+            lr = self.optimizer.param_groups[-1]["lr"]
             say(f"note: {before} -> {now} epochs: the learning rate, {lr:.1e} so far, goes on with "
                 f"{self.lr:.1e} and falls to {self.args.min_lr:.1e} at the new end", sys.stderr)
 
@@ -879,8 +1104,14 @@ def claim(folder: Path) -> Iterator[None]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_checkpoint(path: Path) -> dict:
-    """last.pt, best.pt or weights.safetensors -> its contents, on the CPU; never runs any code."""
+def read_checkpoint(source: str | Path, any_layout: bool = False) -> dict:
+    """last.pt, best.pt or weights.safetensors -> its contents, on the CPU; never runs any code.
+
+    any_layout: whatever --init-from takes, in the form of a weights.safetensors.
+    """
+    path = Path(source)
+    if any_layout and str(source).startswith(("timm:", "hf:", "https:")):
+        return as_checkpoint(read_weights(str(source)))
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
@@ -888,14 +1119,22 @@ def read_checkpoint(path: Path) -> dict:
         if metadata:
             state = {k: json.loads(text) for k, text in metadata.items() if k != "checksum"} | {
                 "weights": state}
-        if not {"args", "classes", "mean", "std"} <= state.keys():
+        if not any_layout and not state.keys() >= convnext.SETTINGS:
             raise ValueError("another program's")
     except ValueError as error:
         best = path.with_name("best.pt")
         hint = f"; there is also {best}" if best.exists() and best != path else ""
-        raise UserError(f"{path} ({path.stat().st_size:,} bytes) is not a complete checkpoint "
-                        f"written by train.py{hint}") from error
-    return state
+        ours = "" if any_layout else " written by train.py"
+        raise UserError(f"{path} ({path.stat().st_size:,} bytes) is not a complete checkpoint"
+                        f"{ours}{hint}") from error
+    return state if state.keys() >= convnext.SETTINGS else as_checkpoint(read_weights(str(source)))
+
+
+def as_checkpoint(weights: convnext.Weights) -> dict:
+    """Published weights, as if a run had written them; their classes have no names."""
+    args = network_arguments(weights) | {"dataset": "imagenet"}
+    state = convnext.from_checkpoint(weights).state_dict()
+    return weights.settings | {"args": args, "weights": state}
 
 
 def save(run: Run) -> None:
@@ -940,10 +1179,15 @@ def describe(run: Run) -> None:
     with torch.device("meta"):
         macs = convnext.count_macs(build_model(args, len(data.classes)), args.img_size)
     size = sum(p.numel() for p in run.model.parameters())
+    trained = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     held_out = f" + {len(data.val):,} held-out" if data.val else ""
-    say(f"model   ConvNeXt-{args.variant}, patch size {args.patch_size}: {size:,} parameters, "
-        f"{macs / 1e9:.3f} GMACs at {args.img_size}x{args.img_size}\n"
+    frozen = f" ({trained:,} trained)" if trained < size else ""
+    origin = f"init    {args.init_from}: {run.initialised}\n" if run.initialised else ""
+    teacher = (f"teacher {args.teacher}, alpha {args.distill_alpha:g}, temperature "
+               f"{args.distill_temperature:g}\n") if args.teacher else ""
+    say(f"model   ConvNeXt-{args.variant}, patch size {args.patch_size}: {size:,} parameters"
+        f"{frozen}, {macs / 1e9:.3f} GMACs at {args.img_size}x{args.img_size}\n{origin}{teacher}"
         f"data    {args.dataset}: {len(data.train):,} training{held_out} + {len(data.test):,} "
         f"test images, {len(data.classes)} classes ({', '.join(data.classes[:4])}, ...)\n"
         f"device  {device.type} ({name}), {str(run.precision)[6:]}, torch {torch.__version__}"
@@ -1000,13 +1244,20 @@ def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
                        mix=epoch < args.epochs - args.mix_off_epochs)
         so_far["waiting"] += time.perf_counter() - ended  # on a GPU, for its launches only
         for group in optimizer.param_groups:
-            group["lr"] = run.lr
+            group["lr"] = run.lr * group["lr_scale"]
 
         # ---- learning --------------------------------------------------------------------------
         for xs, ys in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
             with torch.autocast(device.type, run.precision, run.precision != torch.float32):
                 logits = model(xs)
-            loss = criterion(logits.float(), ys) * (len(xs) / len(x))
+                if run.teacher:
+                    with torch.no_grad():
+                        answers = run.teacher(xs)
+            loss = criterion(logits.float(), ys)
+            if run.teacher:
+                loss = torch.lerp(loss, distillation_loss(
+                    logits.float(), answers.float(), args.distill_temperature), args.distill_alpha)
+            loss = loss * (len(xs) / len(x))
             scaler.scale(loss).backward()
             so_far["loss"] += loss.detach()
         if args.clip_grad:
@@ -1025,7 +1276,7 @@ def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
         before, ended = ended, time.perf_counter()
         so_far["seconds"] += ended - before
     return {"epoch": epoch + 1, "step": run.step, "train_loss": so_far["loss"].item() / run.steps,
-            "lr": optimizer.param_groups[0]["lr"], "seconds": so_far["seconds"],
+            "lr": optimizer.param_groups[-1]["lr"], "seconds": so_far["seconds"],
             "images_per_s": run.steps * min(args.batch_size, len(data.train)) / so_far["seconds"],
             "data_share": so_far["waiting"] / so_far["seconds"]}
 
@@ -1038,7 +1289,7 @@ def check_finite(run: Run) -> None:
     """
     epoch, done = divmod(run.step - 1, run.steps)
     when = (f"by step {done + 1} of epoch {epoch + 1}, at lr "
-            f"{run.optimizer.param_groups[0]['lr']:.1e}")
+            f"{run.optimizer.param_groups[-1]['lr']:.1e}")
     remedy = (f"try a lower --lr, --clip-grad 1, or --amp bf16 or off. The files in {run.folder} "
               "stay as they were before")
     for name, value in (("loss", run.so_far["loss"] / (done + 1)),
@@ -1078,13 +1329,18 @@ def train(run: Run) -> None:
             raise
 
 
-def report(path: Path, state: dict, args: argparse.Namespace,
+def report(path: str | Path, state: dict, args: argparse.Namespace,
            test: Dataset | None = None) -> None:
     """Print the test accuracy of the weights in a checkpoint's state, and of their average."""
     device = pick_device(args.device)
     test = test or load_split(args, train=False, classes=state["classes"])
-    if test.classes != state["classes"]:
-        raise UserError(f"{path} was trained on other classes than --dataset {args.dataset} has")
+    if state["classes"]:
+        same = test.classes == state["classes"]
+    else:  # of published weights only the number is known; the order is the names' alphabetical one
+        same = len(test.classes) == len(state["weights"].get("head.fc.weight", ()))
+    if not same:
+        raise UserError(f"{path} was trained on other classes than the {len(test.classes)} that "
+                        f"--dataset {args.dataset} has")
     mean, std = (torch.tensor(state[name], device=device) for name in ("mean", "std"))
     model = build_model(args, len(test.classes)).to(device, memory_format=torch.channels_last)
     for title, key in (("raw", "model"), ("EMA", "ema"), ("as exported", "weights")):
@@ -1110,19 +1366,19 @@ WHAT_HELPS = {  # in an error of PyTorch's or the system's -> what to do about i
 
 
 def main(argv: list[str]) -> int:
-    args, checkpoint = parse_args(argv)
+    args, checkpoint, weights = parse_args(argv)
     args.output = args.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.variant}")
     last, best = Path(args.output) / "last.pt", Path(args.output) / "best.pt"
     go_on = f"to go on: python train.py --resume {shlex.quote(str(last))}"
     try:
         if args.eval_only:
-            report(Path(args.eval_only), checkpoint, args)
+            report(args.eval_only, checkpoint, args)
             return 0
         if last.exists() and not checkpoint:
             raise UserError(f"{args.output} holds a run already: --resume {last}, or give another "
                             "--output")
         with claim(Path(args.output)):
-            run = Run(args, checkpoint)
+            run = Run(args, checkpoint, weights)
             train(run)
             refuse_unwritten(run)
             for path in (last, best) if run.data.val else (last,):
