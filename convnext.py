@@ -52,6 +52,7 @@ from itertools import pairwise, product
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlparse
 
 import torch
 import torch.nn.functional as F
@@ -348,9 +349,10 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # In float16 the squares of a map that is full of 20s have an infinite sum.
-        norm = torch.linalg.vector_norm(
-            x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        # In float16 a 56x56 map full of 20s has an infinite sum of squares, and one of 1200s an
+        # infinite norm. PyTorch's norm sums in float32; here its result is that wide, too.
+        wide = torch.float32 if x.dtype == torch.float16 else None
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)
         n = norm / (reduce(norm, "b 1 1 c -> b 1 1 1", "mean") + 1e-6)
         return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * n).to(x.dtype))
 
@@ -423,7 +425,7 @@ def count_macs(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
 
 
 # GFLOPs at 224x224 as printed in the paper's table 1 and, for V2 and the four small ones, in V2's:
-# GRN has no matrix to count.
+# GRN multiplies by no matrix, so V2 costs what V1 does.
 PUBLISHED_GFLOPS = dict(zip(VARIANTS, (
     0.55, 0.78, 1.37, 2.45, 4.5, 8.7, 15.4, 34.4, 60.9,
     0.55, 0.78, 1.37, 2.45, 4.47, 15.4, 34.4, 115)))
@@ -445,7 +447,7 @@ def table() -> Iterator[str]:
 #
 # The same network is stored under four other sets of names. In the tables our names are on the
 # left, the layout's on the right; {s} is the stage, 0 to 3, {b} the block in it, and * stands for
-# weight and bias. The first row that fits a name applies.
+# weight and bias. The first row that fits a name applies. What has other shapes, too, is in SHAPES.
 
 META = {  # the authors': https://github.com/facebookresearch/ConvNeXt and ConvNeXt-V2
     "downsample_layers.{s}.0.*":         "downsample_layers.{s}.0.*",
@@ -514,16 +516,13 @@ SHAPES = {
     "huggingface": {".grn.weight": "c -> 1 1 1 c", ".grn.bias": "c -> 1 1 1 c"},
 }
 
-# What training programs put around a state dict, averages of the weights first as in timm, and
-# what they put before its names.
+# What training programs put around a state dict, and before its names. Where there is an average
+# of the weights it is taken, as timm does: its accuracy is the published one.
 WRAPPERS = ("ema", "model_ema", "state_dict_ema", "model", "state_dict")
 PREFIXES = re.compile(r"((module|_orig_mod|model|net|backbone|convnext|convnextv2)\.)*")
 
-SETTINGS = {"args", "classes", "mean", "std"}  # what train.py notes in its files
-
 OTHER_NETWORKS = {  # a parameter that a relative has -> why it does not fit
     "stem.2.weight": "timm's `_ols`: its stem is two overlapping convolutions",
-    "stem.3.weight": "timm's `_ols`: its stem is two overlapping convolutions",
     "norm_pre.weight": "timm's `_hnf`: its head normalises before it averages",
     "head.pre_logits.fc.weight": "timm's `_mlp`: its head has a hidden layer",
     "blocks.0.dwconv.weight": "an isotropic ConvNeXt: it has one resolution, and no stages",
@@ -532,7 +531,10 @@ OTHER_NETWORKS = {  # a parameter that a relative has -> why it does not fit
 
 
 def names(layout: str) -> dict[str, str]:
-    """Every name that a parameter can have, in stages of up to 40 blocks: ours -> the layout's."""
+    """Every name that a parameter can have: ours -> the layout's.
+
+    For four stages of up to 40 blocks, more than any variant has; so no depths need be known.
+    """
     found: dict[str, str] = {}
     for row in LAYOUTS[layout].items():
         for s, b, kind in product(range(4), range(40), ("weight", "bias")):
@@ -545,25 +547,30 @@ def names(layout: str) -> dict[str, str]:
 def export_state_dict(model: ConvNeXt, layout: str) -> dict[str, Tensor]:
     """The model's state dict as "meta", "timm", "torchvision", "huggingface" or "ours" has it.
 
-    The tensors share the model's memory. Raises ValueError for another layout, or for what the
-    library could not load: torchvision has no V2, and LayerScale in every block.
+    The tensors share the model's memory. Without classes, Hugging Face's is that of the base model.
+    Raises ValueError for another layout or network, and where torchvision has none: for V2, and
+    without LayerScale.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
     state = model.state_dict()
+    if layout == "ours":
+        return state
     v2 = "stages.0.0.mlp.grn.gamma" in state
     if layout == "torchvision" and (v2 or "stages.0.0.layer_scale.gamma" not in state):
         raise ValueError(f"torchvision has no ConvNeXt {'V2' if v2 else 'without LayerScale'}")
-    theirs, shapes = names(layout), SHAPES.get(layout, {})
+    theirs, shapes, exported = names(layout), SHAPES[layout], {}
     if layout == "timm" and model.downsample_layers[0][0].out_channels >= 96:
         shapes = {}  # only atto, femto, pico and nano have 1x1 convolutions there
-    exported = {}
-    for name, tensor in state.items():
-        name = theirs.get(name, name)
+    for ours, tensor in state.items():
+        if ours not in theirs:
+            raise ValueError(f"{ours} has no name in the layout {layout!r}; a model wrapped by "
+                             "torch.compile or DataParallel has to be unwrapped first")
+        name = theirs[ours]
         for ending, pattern in shapes.items():
             if name.endswith(ending):
                 tensor = rearrange(tensor, pattern)
-        if layout == "huggingface" and not name.startswith("classifier."):
+        if layout == "huggingface" and "head.fc.weight" in state and "classifier" not in name:
             name = ("convnextv2." if v2 else "convnext.") + name
         exported[name] = tensor
     return exported
@@ -612,7 +619,20 @@ def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
     except (FileNotFoundError, ModuleNotFoundError):
         raise
     except Exception as error:  # a damaged file can make the readers raise anything
-        raise ValueError(f"{path} is not a readable file of tensors, or it is damaged") from error
+        raise ValueError(f"{path} is not a readable file of tensors and plain data, or it is "
+                         "damaged") from error
+
+
+SETTINGS = {"args", "classes", "mean", "std"}  # what train.py notes in its files
+
+
+def settings_of(content: Mapping, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """SETTINGS of a file that train.py wrote; of another file {}."""
+    if metadata.keys() >= SETTINGS:
+        return {name: json.loads(metadata[name]) for name in SETTINGS}
+    if content.keys() >= SETTINGS | {"model"} and isinstance(content["args"], dict):
+        return {name: content[name] for name in SETTINGS}
+    return {}
 
 
 def download(source: str) -> tuple[str, dict[str, Any]]:
@@ -625,10 +645,11 @@ def download(source: str) -> tuple[str, dict[str, Any]]:
     settings: dict[str, Any] = {}
     try:
         if kind == "https":
-            folder, file = Path(torch.hub.get_dir(), "checkpoints"), name.rpartition("/")[2]
             # Two addresses may end alike; torchvision's names have the beginning of a hash.
-            path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-{file}"
-            begins = re.search(r"-([0-9a-f]{8,})\.", file)
+            prefix = hashlib.sha256(name.encode()).hexdigest()[:8]
+            folder = Path(torch.hub.get_dir(), "checkpoints")
+            path = folder / f"{prefix}-{Path(urlparse(source).path).name}"
+            begins = re.search(r"download\.pytorch\.org/.*-([0-9a-f]{8})\.", source)
             if not path.exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(source, str(path), begins and begins[1])
@@ -652,15 +673,16 @@ def download(source: str) -> tuple[str, dict[str, Any]]:
             raise
         except EntryNotFoundError:
             return hf_hub_download(name, "pytorch_model.bin"), settings
-    except (OSError, RuntimeError, ValueError) as error:
-        kind_of_error = ConnectionError if isinstance(error, OSError) else ValueError
-        raise kind_of_error(f"{source}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # each client has its own
+        wrong_name = isinstance(error, ValueError | RuntimeError)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise (ValueError if wrong_name else ConnectionError)(f"{source}: {reason}") from error
 
 
 class Weights(NamedTuple):
     """A checkpoint in our terms."""
 
-    tensors: dict[str, Tensor]  # by our names, in the shapes of their layout
+    tensors: dict[str, Tensor]  # by our names, in our shapes
     layout: str
     left_out: list[str]  # entries that are no parameters
     settings: dict[str, Any]  # train.py's SETTINGS, or timm's mean, std, img_size, crop_pct
@@ -674,37 +696,43 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
     if isinstance(source, Weights):
         return source
     content, settings = source, {}
-    if not isinstance(source, Mapping):
+    if isinstance(source, str | PathLike):
         path = source
         if str(source).startswith(("timm:", "hf:", "https:")):
             path, settings = download(str(source))
         content, metadata = read_file(path)
-        if metadata.keys() >= SETTINGS:
-            settings = {name: json.loads(metadata[name]) for name in SETTINGS}
-        elif content.keys() >= SETTINGS:
-            settings = {name: content[name] for name in SETTINGS}
+        settings |= settings_of(content, metadata)
+    if not isinstance(content, Mapping):
+        raise TypeError(f"weights are a state dict or a file, not a {type(content).__name__}")
     while wrapper := next((k for k in WRAPPERS if isinstance(content.get(k), Mapping)), None):
         content = content[wrapper]
-    given = {PREFIXES.sub("", str(name), count=1): value for name, value in content.items()
-             if name != "n_averaged"}  # AveragedModel's counter
+    given: dict[str, Any] = {}
+    for name, value in content.items():
+        plain = PREFIXES.sub("", str(name), count=1)
+        if plain in given:
+            raise ValueError(f"these weights have {plain} twice")
+        if plain != "n_averaged":  # AveragedModel's counter
+            given[plain] = value
     for name, network in OTHER_NETWORKS.items():
         if name in given:
             raise ValueError(f"these are the weights of {network}")
-    for layout in LAYOUTS:
-        theirs = names(layout)
-        first = "stages.0.0.mlp.pwconv1.weight"
-        if theirs.get(first, first) in given:
-            break
-    else:
+    first = "stages.0.0.mlp.pwconv1.weight"  # has another name in each layout
+    layout = next((one for one in LAYOUTS if names(one).get(first, first) in given), None)
+    if layout is None:
         raise ValueError(f"these are no weights of a ConvNeXt ({', '.join([*given][:3])}, ...)")
     if layout == "timm" and "stem.1.bias" not in given:
         raise ValueError("these are the weights of timm's `_rms`: its norms have no bias")
-    ours = {there: here for here, there in theirs.items()}
-    tensors = {ours.get(name, name): value for name, value in given.items()
-               if isinstance(value, Tensor)}
-    left_out = [name for name in given if ours.get(name, name) not in tensors]
-    if len(tensors) + len(left_out) < len(content.keys() - {"n_averaged"}):
-        raise ValueError("these weights have two parameters of the same name")
+    ours, tensors, left_out = {there: here for here, there in names(layout).items()}, {}, []
+    for name, tensor in given.items():
+        name = ours.get(name, name)
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            left_out.append(name)
+        elif name.endswith(("gamma", "beta")) and tensor.numel() == max(tensor.shape, default=0):
+            tensors[name] = tensor.flatten()
+        elif ".pwconv" in name and tensor.shape[2:] == (1, 1):
+            tensors[name] = rearrange(tensor, "o i 1 1 -> o i")
+        else:
+            tensors[name] = tensor
     return Weights(tensors, layout, left_out, settings)
 
 
@@ -726,14 +754,16 @@ class Report(NamedTuple):
         return text
 
 
-def load_weights(model: ConvNeXt, source: Weights | Mapping | str | PathLike) -> Report:
+def load_weights(model: ConvNeXt, source: Weights | Mapping | str | PathLike,
+                 strict: bool = False) -> Report:
     """Copy weights into the model: all of them but for a stem or a head that does not fit, or none.
 
     source: a state dict, or the path of a .safetensors, .pt, .pth or .bin file that holds one, an
     https address of such a file, `timm:NAME`, `hf:REPO`, or what read_weights returned; in the
     layout of Meta, timm, torchvision, Hugging Face or this file. The model keeps its classifier if
-    the source has another number of classes or none (as a backbone has), its last norm if the
-    source has neither, and its stem if the patches or channels differ; a warning then says so.
+    the source has another number of classes or none, and its stem if the patches or channels
+    differ, unless `strict`; it keeps its last norm if the source has no head at all (a backbone).
+    A warning then says so.
 
     Raises ValueError for weights that cannot be read, or of another network; FileNotFoundError for
     a missing file and ConnectionError for one that cannot be fetched. The model is then unchanged.
@@ -741,38 +771,37 @@ def load_weights(model: ConvNeXt, source: Weights | Mapping | str | PathLike) ->
     weights = read_weights(source)
     given, state = weights.tensors, model.state_dict()
     stem, norm, classifier = "downsample_layers.0.0.", "head.norm.", "head.fc."
-    backbone = not any(name.startswith(classifier) for name in given)
 
-    def shape(tensor: Tensor) -> list[int]:  # some layouts have additional axes of length 1
-        return [size for size in tensor.shape if size != 1]
+    def fits(name: str) -> bool:
+        return name in given and name in state and given[name].shape == state[name].shape
 
-    found, kept, problems = {}, {}, []
+    no_classifier = not any(name.startswith(classifier) for name in given)
+    keep: list[str] = []
+    if no_classifier and not any(name.startswith(norm) for name in given):
+        keep.append(norm)
+    if not strict and (no_classifier or not fits(f"{classifier}weight")):
+        keep.append(classifier)
+    if not strict and f"{stem}weight" in given and not fits(f"{stem}weight"):
+        keep.append(stem)
+
+    found, kept, problems = {}, [], []
     for name, parameter in state.items():
-        tensor = given.get(name)
-        if tensor is None:
-            if backbone and name.startswith((classifier, norm)) and (
-                    name.startswith(classifier) or "head.norm.weight" not in given):
-                kept[name] = "is not in the source"
-            else:
-                problems.append(f"{name} is missing")
-        elif shape(tensor) != shape(parameter):
-            message = f"is {tuple(tensor.shape)} there, {tuple(parameter.shape)} here"
-            if name.startswith((stem, classifier)):
-                kept[name] = message
-            else:
-                problems.append(f"{name} {message}")
+        tensor, here = given.get(name), tuple(parameter.shape)
+        there = "is missing there" if tensor is None else f"is {tuple(tensor.shape)} there"
+        if name.startswith(tuple(keep)):
+            kept.append(f"{name} {there}, {here} here")
+        elif fits(name):
+            found[name] = tensor
         else:
-            found[name] = tensor.reshape(parameter.shape)
-    if f"{stem}weight" in kept and found.pop(f"{stem}bias", None) is not None:
-        kept[f"{stem}bias"] = "belongs to it"
-    left_out = [name for name in given if name not in state]
-    problems += [f"{name} is unknown" for name in left_out if not name.startswith(classifier)]
+            problems.append(f"{name} {there}, {here} here")
+    unknown = [name for name in given if name not in state]
+    surplus = ("head.fc.weight", "head.fc.bias") if classifier in keep else ()
+    problems += [f"{name} is unknown here" for name in unknown if name not in surplus]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:3])}{more}")
     model.load_state_dict(found, strict=False)
-    report = Report(weights.layout, [*found], [f"{name} {why}" for name, why in kept.items()],
-                    left_out + weights.left_out)
+    report = Report(weights.layout, [*found], kept, unknown + weights.left_out)
     if report.kept or report.left_out:
         warnings.warn(str(report), stacklevel=2)
     return report
@@ -781,11 +810,12 @@ def load_weights(model: ConvNeXt, source: Weights | Mapping | str | PathLike) ->
 def infer_architecture(weights: Weights) -> dict[str, Any]:
     """create_convnext's arguments for the network that has these weights, from their shapes."""
     tensors = weights.tensors
-    try:
-        stem = tensors["downsample_layers.0.0.weight"]
-        dims = tuple(len(tensors[f"stages.{s}.0.dwconv.weight"]) for s in range(4))
-    except KeyError as error:
-        raise ValueError(f"{error.args[0]} is missing") from error
+    names = "downsample_layers.0.0.weight", *(f"stages.{s}.0.dwconv.weight" for s in range(4))
+    for name in names:
+        if name not in tensors or tensors[name].ndim != 4:
+            raise ValueError(f"{name} is missing, or does not have four axes")
+    (_, in_channels, patch_size, _), *filters = (tensors[name].shape for name in names)
+    dims = tuple(shape[0] for shape in filters)
     depths = tuple(sum(name.startswith(f"stages.{s}.") and name.endswith(".dwconv.weight")
                        for name in tensors) for s in range(4))
     shape = Variant(depths, dims, grn="stages.0.0.mlp.grn.gamma" in tensors)
@@ -793,8 +823,9 @@ def infer_architecture(weights: Weights) -> dict[str, Any]:
     if variant is None:
         raise ValueError(f"no variant has {depths} blocks of {dims} channels"
                          f"{' and GRN' if shape.grn else ''}")
-    return {"variant": variant, "in_channels": stem.shape[1], "patch_size": stem.shape[2],
-            "num_classes": len(tensors.get("head.fc.weight", ())),
+    classifier = tensors.get("head.fc.weight", torch.empty(0))
+    return {"variant": variant, "in_channels": in_channels, "patch_size": patch_size,
+            "num_classes": len(classifier) if classifier.ndim == 2 else 0,
             "layer_scale": 1e-6 if "stages.0.0.layer_scale.gamma" in tensors else 0.0}
 
 
@@ -802,13 +833,13 @@ def from_checkpoint(source: Weights | Mapping | str | PathLike) -> ConvNeXt:
     """The network that a checkpoint holds, with its weights, in evaluation mode.
 
     source, errors: see load_weights. Variant, classes (none for a backbone), channels and patch
-    size follow from the tensors.
+    size follow from the tensors; whatever then does not fit is an error.
     """
     weights = read_weights(source)
     with torch.device("meta"):  # no random numbers for what is overwritten at once
         model = create_convnext(**infer_architecture(weights))
     model.to_empty(device="cpu").head.norm.reset_parameters()  # which a backbone may lack
-    load_weights(model, weights)
+    load_weights(model, weights, strict=True)
     return model.eval()
 
 

@@ -33,7 +33,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -129,6 +129,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
+def not_empty(text: str) -> str:
+    if not text:  # as a shell variable may be that is not set
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=("cifar10", "cifar100", "food101", "imagenet", "folder", "synthetic"),
@@ -140,8 +146,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="side; by default that of --init-from's images. Images of up to 64x64 are kept in "
         "memory, larger ones read as needed")
     add("--crop-pct", type=real("(0, 1]"), metavar="P",
-        help="share of the shorter side that is tested; default 1 up to 64x64, 0.875 above; from "
-        "384x384 on the whole image, squeezed into a square")
+        help="share of the shorter side that is tested, of images above 64x64; default 0.875, and "
+        "from 384x384 on the whole image, squeezed into a square")
     add("--val-size", type=whole("[0, inf)"), default=0, metavar="N",
         help="hold out N training images, and let them choose best.pt")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read")
@@ -170,12 +176,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="initial value; 0: none; default 0.1, V2: none")
     add("--head-init-scale", type=real("[0, inf)"), default=1.0, metavar="X",
         help="factor on the classifier's first weights")
-    add = parser.add_argument_group("pretrained weights").add_argument
-    add("--init-from", metavar="SOURCE",
+    group = parser.add_argument_group("weights")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--init-from", type=not_empty, metavar="SOURCE",
         help="begin with these: a file, an https address, timm:NAME or hf:REPO; in the layout of "
-        "Meta, timm, torchvision, Hugging Face or this program")
+        "Meta, timm, torchvision, Hugging Face or this program; averaged weights if there are any")
+    add("--resume", type=not_empty, metavar="LAST.PT", help="continue this run, with its arguments")
+    add("--eval-only", type=not_empty, metavar="SOURCE",
+        help="measure last.pt, best.pt, weights.safetensors, or whatever --init-from takes")
+    add = group.add_argument
+    add("--override", action="store_true", help="let --resume change arguments")
     add("--freeze-backbone", action="store_true", help="train the classifier alone")
-    add("--teacher", metavar="SOURCE", help="learn from this network's answers, too (distillation)")
+    add("--teacher", type=not_empty, metavar="SOURCE",
+        help="learn from this network's answers, too (distillation)")
     add("--distill-alpha", type=real("[0, 1]"), metavar="A",
         help="the teacher's share of the loss; default 0.5")
     add("--distill-temperature", type=real("(0, inf)"), metavar="T",
@@ -191,7 +204,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     add = parser.add_argument_group("optimisation").add_argument
     add("--recipe", choices=("scratch", "finetune"), default="scratch",
-        help="finetune: other defaults, for --init-from (the paper's table 6)")
+        help="finetune: other defaults, for --init-from (V1's table 6, and for V2, too)")
     add("--epochs", type=whole("[1, inf)"), default=100, help="passes over the data")
     add("--batch-size", "-b", type=whole("[1, inf)"), default=128, help="images a step")
     add("--accumulate", type=whole("[1, inf)"), default=1, help="parts of a batch, to save memory")
@@ -208,27 +221,24 @@ def make_parser() -> argparse.ArgumentParser:
         help="share of the run that the average of the weights looks back over; 0: no average")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast")
     add("--compile", action="store_true", help="torch.compile the model")
-    group = parser.add_argument_group("run")
-    add = group.add_argument
+    add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="cuda, mps, cpu")
     add("--seed", type=whole("[0, 4294967295]"), default=0, help="of all that is random")
     add("--eval-every", type=whole("[1, inf)"), default=1, metavar="N",
         help="epochs, and after the last")
     add("--output", metavar="DIR", help="run folder; default runs/<time>-<variant>")
-    add("--override", action="store_true", help="let --resume change arguments")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--resume", metavar="LAST.PT", help="continue this run, with its arguments")
-    add("--eval-only", metavar="SOURCE",
-        help="measure last.pt, best.pt, weights.safetensors, or whatever --init-from takes")
     return parser
 
 
 def finetune_recipe(args: argparse.Namespace) -> dict[str, Any]:
-    """The paper's table 6: from ImageNet-22K to ImageNet-1K. Each flag given by hand wins."""
+    """The paper's table 6: from ImageNet-22K to ImageNet-1K. Each flag given by hand wins.
+
+    V2 has tables of its own, one for each size; here it gets what V1 does.
+    """
     scale = args.batch_size / 512
     name = args.variant.removeprefix("v2_")
-    # Stochastic depth of T, S, B, L, XL; none for what is smaller. Huge: V2's table 13.
-    drop_path = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.5}.get(name, 0.0)
+    # none for T, nor for what is smaller; the paper has no Huge
+    drop_path = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.4}.get(name, 0.0)
     return {
         "epochs": 30, "lr": 5e-5 * scale, "min_lr": 1e-6 * scale, "warmup_epochs": 0.0,
         "weight_decay": 1e-8, "layer_decay": 0.8, "rand_augment": 9.0, "mixup": 0.0, "cutmix": 0.0,
@@ -266,10 +276,12 @@ def parse_args(argv: list[str]) -> tuple[
     argv = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     parser = make_parser()
     args, checkpoint, weights = parser.parse_args(argv), None, None
+    if args.eval_only and (args.teacher or args.freeze_backbone or args.recipe != "scratch"):
+        parser.error("--eval-only trains nothing: no --teacher, --freeze-backbone or --recipe")
     if path := args.resume or args.eval_only:
         checkpoint = read_checkpoint(path, any_layout=bool(args.eval_only))
-        saved = {k: v for k, v in checkpoint["args"].items()
-                 if k not in ("resume", "override", "eval_only")}
+        saved = {k: v for k, v in (vars(parser.parse_args([])) | checkpoint["args"]).items()
+                 if k not in ("resume", "override", "eval_only")}  # older files lack newer ones
         parser.set_defaults(**saved)  # the command line still overrides them ...
         args = parser.parse_args(argv)
         refuse_changes(parser, args, saved)  # ... where that leaves it the same run
@@ -281,11 +293,11 @@ def parse_args(argv: list[str]) -> tuple[
         args.output = str(Path(path).parent)
     else:
         if args.init_from:
-            weights = read_weights(args.init_from)
+            weights = read_pretrained(args.init_from)
             parser.set_defaults(**network_arguments(weights))
         elif args.recipe == "finetune" or args.freeze_backbone:
             parser.error("--recipe finetune and --freeze-backbone need weights: --init-from SOURCE")
-        args = parser.parse_args(argv)
+        args = parser.parse_args(argv)  # the recipe depends on the variant
         if args.recipe == "finetune":
             parser.set_defaults(**finetune_recipe(args))
         if args.freeze_backbone:  # what does not learn needs no noise
@@ -299,6 +311,9 @@ def parse_args(argv: list[str]) -> tuple[
 
 def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Defaults that depend on other arguments, and the limits that do."""
+    if args.img_size != parser.get_default("img_size") and (
+            args.crop_pct == parser.get_default("crop_pct")):
+        args.crop_pct = None  # the weights' own, which is meant for their size of image
     if args.layer_scale is None:
         args.layer_scale = 0.0 if convnext.VARIANTS[args.variant].grn else 0.1
     if args.warmup_epochs is None:
@@ -326,27 +341,34 @@ def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-def read_weights(source: str) -> convnext.Weights:
-    """Whatever --init-from, --teacher or --eval-only name; published files are ImageNet's."""
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+    """What is wrong with weights -> a line that names their source."""
     try:
-        weights = convnext.read_weights(source)
-        convnext.infer_architecture(weights)  # refuses what is no variant
+        yield
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {source}") from error
-    except ConnectionError as error:
-        raise UserError(f"could not fetch {error}; or give the path of a file") from error
-    except (ValueError, ModuleNotFoundError) as error:
-        raise UserError(f"{source}: {error}".replace(f"{source}: {source}", source)) from error
+    except (ConnectionError, ValueError, ModuleNotFoundError) as error:
+        text = str(error) if source in str(error) else f"{source}: {error}"
+        hint = "; or give the path of a file" if isinstance(error, ConnectionError) else ""
+        raise UserError(text + hint) from error
+
+
+def read_pretrained(source: str) -> convnext.Weights:
+    """Whatever --init-from, --teacher or --eval-only name; published files are ImageNet's."""
+    with naming(source):
+        weights = convnext.read_weights(source)
+        convnext.infer_architecture(weights)  # refuses what is no variant
     settings = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "classes": None, "args": {}}
     return weights._replace(settings=settings | weights.settings)
 
 
 def network_arguments(weights: convnext.Weights) -> dict[str, Any]:
     """The arguments that describe the network of these weights, and the images it was made for."""
-    network = convnext.infer_architecture(weights)
-    sizes = {"img_size": weights.settings["args"].get("img_size", 224)}
-    sizes |= {k: weights.settings[k] for k in ("img_size", "crop_pct") if k in weights.settings}
-    return {k: network[k] for k in ("variant", "patch_size", "layer_scale")} | sizes
+    network, settings = convnext.infer_architecture(weights), weights.settings
+    known = {"img_size": 224} | settings["args"] | settings
+    return {k: network[k] for k in ("variant", "patch_size", "layer_scale")} | {
+        k: known[k] for k in ("img_size", "crop_pct") if k in known}
 
 
 def pick_device(name: str) -> torch.device:
@@ -397,21 +419,21 @@ def evaluation_cut(args: argparse.Namespace) -> T.Transform:
     side, bicubic = args.img_size, T.InterpolationMode.BICUBIC
     if side >= 384 and not args.crop_pct:
         return T.Resize((side, side), interpolation=bicubic)
-    share = args.crop_pct or (1 if side <= SMALL else 0.875)  # 224 of 256
+    share = 1 if side <= SMALL else args.crop_pct or 0.875  # 224 of 256
     return T.Compose([T.Resize(int(side / share), interpolation=bicubic), T.CenterCrop(side)])
 
 
 class Pictures(Dataset):
     """Pictures of any size and colour mode, read when they are needed; `cut` makes squares of them.
 
-    `samples` has a picture or its path, and a label, for each; a torchvision data set will do.
+    `samples` is a list of paths and labels, or a torchvision data set of pictures and labels.
     `seed`, set for each epoch, is that of the random cuts: an image's follows from it and the
     image alone, whichever worker cuts it.
     """
 
     seed = 0
 
-    def __init__(self, name: str, samples: Sequence, classes: list[str],
+    def __init__(self, name: str, samples: list[tuple[str, int]] | Dataset, classes: list[str],
                  args: argparse.Namespace) -> None:
         self.name, self.samples, self.classes = name, samples, classes
         self.cut = evaluation_cut(args)
@@ -426,35 +448,39 @@ class Pictures(Dataset):
         torch.manual_seed(self.seed - index)
         return TF.pil_to_tensor(self.cut(picture)), label
 
+    def where(self, index: int) -> str:
+        by_path = isinstance(self.samples, list)
+        return self.samples[index][0] if by_path else f"number {index} of {self.name}"
+
     def read(self, index: int) -> tuple[Image.Image, int]:
-        name = f"number {index} of {self.name}"
         try:
             picture, label = self.samples[index]
             if isinstance(picture, str):
-                name = picture
-                picture = default_loader(name)  # converts to RGB
+                picture = default_loader(picture)  # converts to RGB
             return picture, label
         except Exception as error:  # Pillow has many
-            raise UserError(f"cannot read the image {name} ({error}); --skip-bad leaves such "
-                            "images out") from error
+            raise UserError(f"cannot read the image {self.where(index)} ({error}); --skip-bad "
+                            "leaves such images out") from error
 
     def skip_bad(self, threads: int) -> None:
         """Read every image once, and leave out, with a count, those that cannot be read."""
 
-        def fault(index: int) -> str:
-            try:
+        def readable(index: int) -> bool:
+            with contextlib.suppress(UserError):
                 self.read(index)
-                return ""
-            except UserError as error:
-                return str(error).removeprefix("cannot read the image ").partition(" (")[0]
+                return True
+            return False
 
         with ThreadPool(max(1, threads)) as pool:
-            faults = list(tqdm(pool.imap(fault, range(len(self))), f"checking {self.name}",
-                               len(self), disable=None, leave=False))
-        if bad := [name for name in faults if name]:
+            good = list(tqdm(pool.imap(readable, range(len(self))), f"checking {self.name}",
+                             len(self), disable=None, leave=False))
+        if bad := [self.where(i) for i, fine in enumerate(good) if not fine]:
             say(f"note: {self.name}: left out {len(bad)} of {len(self)} images: "
                 f"{', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}", sys.stderr)
-        self.samples = Subset(self.samples, [i for i, name in enumerate(faults) if not name])
+            kept = [i for i, fine in enumerate(good) if fine]
+            by_path = isinstance(self.samples, list)
+            self.samples = [self.samples[i] for i in kept] if by_path else Subset(
+                self.samples, kept)
 
 
 def load_folder(args: argparse.Namespace, train: bool, classes: list[str] | None) -> Pictures:
@@ -486,7 +512,6 @@ def load_folder(args: argparse.Namespace, train: bool, classes: list[str] | None
     return data
 
 
-FOOD101_IMAGES = 101_000
 OTHERWISE = {  # what to do where torchvision cannot load a data set
     "cifar10": "Put cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html into "
                "{}/, or use --dataset folder --data-dir DIR, or --dataset synthetic",
@@ -508,17 +533,15 @@ def load_torchvision(args: argparse.Namespace, train: bool) -> Pictures | InMemo
     try:
         if name == "imagenet":
             data = sets.ImageNet(root, "train" if train else "val")
-            return Pictures(name, data.samples, data.wnids, args)  # some class names occur twice
+            return Pictures(name, data.samples, data.wnids, args)  # two classes are named "crane"
         if name == "food101":
             data = sets.Food101(root, "train" if train else "test", download=True)
-            there = sum(len(files) for *_, files in os.walk(Path(root, "food-101", "images")))
-            if there < FOOD101_IMAGES:  # torchvision looks no further than the folder
-                raise RuntimeError(f"{there:,} of {FOOD101_IMAGES:,} images are there")
         else:  # their md5 sums are checked
             data = (sets.CIFAR10 if name == "cifar10" else sets.CIFAR100)(
                 root, train, download=True)
     except (OSError, RuntimeError, ModuleNotFoundError) as error:
-        raise UserError(f"{name} could not be loaded ({str(error).strip().splitlines()[0]}). "
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name} could not be loaded ({reason}). "
                         f"{OTHERWISE[name].format(root)}") from error
     if name.startswith("cifar") and args.img_size == 32:
         images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
@@ -832,9 +855,10 @@ def augment(args: argparse.Namespace, data: Data, x: Tensor, labels: Tensor,
 def layer_number(name: str, depths: tuple[int, ...]) -> int:
     """Where a parameter stands for layer-wise learning rate decay: 0 for the stem, and so on.
 
-    The authors' groups: three blocks of the long third stage count as one layer, and each of the
-    other stages, with the Downsample before it, as one. (They have it for 27 blocks in that
-    stage; in their detection code, as here, it depends on the depth.) The head comes last.
+    Three blocks of the long third stage count as one layer, and each of the other stages, with the
+    Downsample before it, as one; the head comes last. With 27 blocks there, or Tiny's 9, these are
+    the groups of the authors' classification and detection code (optim_factory.py and
+    layer_decay_optimizer_constructor.py).
     """
     last = 3 + math.ceil(depths[2] / 3)  # the fourth stage
     if name.startswith("head."):
@@ -896,23 +920,48 @@ def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Te
     return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
 
 
+def training_loss(args: argparse.Namespace, logits: Tensor, targets: Tensor,
+                  teacher: Tensor | None = None) -> Tensor:
+    """(1 - α)·CE(targets, logits) + α·T²·KL(teacher ‖ logits); without a teacher α is 0."""
+    loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smoothing)
+    if teacher is None:
+        return loss
+    distance = distillation_loss(logits, teacher.float(), args.distill_temperature)
+    return torch.lerp(loss, distance, args.distill_alpha)
+
+
 def load_teacher(args: argparse.Namespace, data: Data) -> Callable[[Tensor], Tensor]:
     """The network that --teacher names, as a function of normalised images (b, 3, h, w)."""
-    weights = read_weights(args.teacher)
+    weights = read_pretrained(args.teacher)
     device, settings = data.mean.device, weights.settings
-    model = convnext.from_checkpoint(weights).requires_grad_(False).to(
-        device, memory_format=torch.channels_last)
-    classes = settings["classes"] or [None] * len(weights.tensors.get("head.fc.weight", ()))
-    if len(classes) != len(data.classes) or settings["classes"] not in (None, data.classes):
-        raise UserError(f"--teacher {args.teacher} knows other classes than these "
-                        f"{len(data.classes)}: {', '.join(map(str, classes[:4]))}, ... "
-                        f"({len(classes)})")
+    with naming(args.teacher):
+        model = convnext.from_checkpoint(weights).requires_grad_(False).to(
+            device, memory_format=torch.channels_last)
+    check_classes(args.teacher, settings["classes"], weights.tensors, data.classes)
     if args.img_size < model.total_stride or model.in_channels != 3:
         raise UserError(f"--teacher {args.teacher} takes images of {model.total_stride} pixels or "
                         f"more and {model.in_channels} channels")
     mean, std = (torch.tensor(settings[name], device=device) for name in ("mean", "std"))
     scale, shift = (rearrange(v, "c -> c 1 1") for v in (data.std / std, (data.mean - mean) / std))
-    return lambda x: model(x * scale + shift)  # from our normalisation to its own
+
+    @torch.no_grad()
+    def teacher(x: Tensor) -> Tensor:
+        return model(x * scale + shift)  # from our normalisation to its own
+    return teacher
+
+
+def check_classes(source: str, known: list[str] | None, tensors: dict[str, Tensor],
+                  classes: list[str]) -> None:
+    """Refuse a classifier for other classes. Of published weights only the number is known."""
+    if known:
+        if known != classes:
+            order = ", in another order" if sorted(known) == sorted(classes) else ""
+            raise UserError(f"{source} was trained on other classes{order}: "
+                            f"{', '.join(known[:4])}, ... ({len(known)}), here "
+                            f"{', '.join(classes[:4])}, ... ({len(classes)})")
+    elif (count := len(tensors.get("head.fc.weight", ()))) != len(classes):
+        raise UserError(f"{source} has {f'{count} classes' if count else 'no classifier'}; here "
+                        f"are {len(classes)}: {', '.join(classes[:4])}, ...")
 
 
 # --- 5. Evaluation ------------------------------------------------------------------------------
@@ -980,7 +1029,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = build_model(args, len(self.data.classes)).to(
             device, memory_format=torch.channels_last)
-        self.initialised = self.initialise(weights) if weights else ""
+        self.origin = self.initialise(weights) if weights else None
         if args.freeze_backbone:
             self.model.requires_grad_(False).head.fc.requires_grad_(True)
         self.ema = make_ema(self.model, args.ema_horizon, self.total)
@@ -994,14 +1043,24 @@ class Run:
         if args.compile:
             self.model.compile()  # in place: the names in the checkpoint stay as they are
 
-    def initialise(self, weights: convnext.Weights) -> str:
-        """Begin with pretrained weights -> what was loaded, and what was not."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # `describe` says it
-                return str(convnext.load_weights(self.model, weights))
-        except ValueError as error:
-            raise UserError(f"--init-from {self.args.init_from}: {error}") from error
+    def initialise(self, weights: convnext.Weights) -> convnext.Report:
+        """Begin with pretrained weights; without their classifier if it is for other classes."""
+        others = weights.settings["classes"] not in (None, self.data.classes)
+        if others:  # perhaps as many
+            weights = weights._replace(tensors={
+                k: v for k, v in weights.tensors.items() if not k.startswith("head.fc.")})
+        with naming(self.args.init_from), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `describe` prints the report
+            report = convnext.load_weights(self.model, weights)
+        if others:
+            report = report._replace(kept=[
+                re.sub(r"(head\.fc\.\w+) .*", r"\1 is for other classes there", line)
+                for line in report.kept])
+        new = [line for line in report.kept if not line.startswith("head.")]
+        if self.args.freeze_backbone and new:
+            raise UserError(f"--freeze-backbone would leave untrained what does not come from "
+                            f"{self.args.init_from}: {', '.join(new)}")
+        return report
 
     @property
     def lr(self) -> float:
@@ -1110,31 +1169,23 @@ def read_checkpoint(source: str | Path, any_layout: bool = False) -> dict:
     any_layout: whatever --init-from takes, in the form of a weights.safetensors.
     """
     path = Path(source)
-    if any_layout and str(source).startswith(("timm:", "hf:", "https:")):
-        return as_checkpoint(read_weights(str(source)))
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
-    try:
-        state, metadata = convnext.read_file(path)
-        if metadata:
-            state = {k: json.loads(text) for k, text in metadata.items() if k != "checksum"} | {
-                "weights": state}
-        if not any_layout and not state.keys() >= convnext.SETTINGS:
-            raise ValueError("another program's")
-    except ValueError as error:
-        best = path.with_name("best.pt")
-        hint = f"; there is also {best}" if best.exists() and best != path else ""
-        ours = "" if any_layout else " written by train.py"
-        raise UserError(f"{path} ({path.stat().st_size:,} bytes) is not a complete checkpoint"
-                        f"{ours}{hint}") from error
-    return state if state.keys() >= convnext.SETTINGS else as_checkpoint(read_weights(str(source)))
-
-
-def as_checkpoint(weights: convnext.Weights) -> dict:
-    """Published weights, as if a run had written them; their classes have no names."""
-    args = network_arguments(weights) | {"dataset": "imagenet"}
-    state = convnext.from_checkpoint(weights).state_dict()
-    return weights.settings | {"args": args, "weights": state}
+    if not (any_layout and str(source).startswith(("timm:", "hf:", "https:"))):
+        if not path.is_file():
+            raise UserError(f"there is no checkpoint {path}")
+        try:
+            content, metadata = convnext.read_file(path)
+        except ValueError:
+            content, metadata = {}, {}
+        if settings := convnext.settings_of(content, metadata):
+            return settings | (dict(content) if "model" in content else {"weights": content})
+        if not content or not any_layout:
+            best = path.with_name("best.pt")
+            hint = f"; there is also {best}" if best.exists() and best != path else ""
+            raise UserError(f"{path} ({path.stat().st_size:,} bytes) is not a complete checkpoint"
+                            f"{'' if any_layout else ' written by train.py'}{hint}")
+    weights = read_pretrained(str(source))
+    args = network_arguments(weights) | {"dataset": "imagenet"}  # published weights are ImageNet's
+    return weights.settings | {"args": args, "weights": weights.tensors}
 
 
 def save(run: Run) -> None:
@@ -1183,7 +1234,7 @@ def describe(run: Run) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     held_out = f" + {len(data.val):,} held-out" if data.val else ""
     frozen = f" ({trained:,} trained)" if trained < size else ""
-    origin = f"init    {args.init_from}: {run.initialised}\n" if run.initialised else ""
+    origin = f"init    {args.init_from}: {run.origin}\n" if run.origin else ""
     teacher = (f"teacher {args.teacher}, alpha {args.distill_alpha:g}, temperature "
                f"{args.distill_temperature:g}\n") if args.teacher else ""
     say(f"model   ConvNeXt-{args.variant}, patch size {args.patch_size}: {size:,} parameters"
@@ -1225,7 +1276,6 @@ def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
     args, data, model, optimizer, scaler = (
         run.args, run.data, run.model, run.optimizer, run.scaler)
     epoch, device = len(run.history), data.mean.device
-    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     # All that is random follows from the seed and the epoch or step: a resumed run draws the same.
     # (Large factors, so that no two steps, or epochs and images, of any two seeds are the same.)
     done = run.step - epoch * run.steps
@@ -1250,14 +1300,8 @@ def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
         for xs, ys in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
             with torch.autocast(device.type, run.precision, run.precision != torch.float32):
                 logits = model(xs)
-                if run.teacher:
-                    with torch.no_grad():
-                        answers = run.teacher(xs)
-            loss = criterion(logits.float(), ys)
-            if run.teacher:
-                loss = torch.lerp(loss, distillation_loss(
-                    logits.float(), answers.float(), args.distill_temperature), args.distill_alpha)
-            loss = loss * (len(xs) / len(x))
+                answers = run.teacher(xs) if run.teacher else None
+            loss = training_loss(args, logits.float(), ys, answers) * (len(xs) / len(x))
             scaler.scale(loss).backward()
             so_far["loss"] += loss.detach()
         if args.clip_grad:
@@ -1334,22 +1378,19 @@ def report(path: str | Path, state: dict, args: argparse.Namespace,
     """Print the test accuracy of the weights in a checkpoint's state, and of their average."""
     device = pick_device(args.device)
     test = test or load_split(args, train=False, classes=state["classes"])
-    if state["classes"]:
-        same = test.classes == state["classes"]
-    else:  # of published weights only the number is known; the order is the names' alphabetical one
-        same = len(test.classes) == len(state["weights"].get("head.fc.weight", ()))
-    if not same:
-        raise UserError(f"{path} was trained on other classes than the {len(test.classes)} that "
-                        f"--dataset {args.dataset} has")
+    check_classes(str(path), state["classes"], state.get("weights", {}), test.classes)
     mean, std = (torch.tensor(state[name], device=device) for name in ("mean", "std"))
-    model = build_model(args, len(test.classes)).to(device, memory_format=torch.channels_last)
-    for title, key in (("raw", "model"), ("EMA", "ema"), ("as exported", "weights")):
+    model = build_model(args, len(test.classes))
+    for title, key in (("raw", "model"), ("EMA", "ema"), ("weights", "weights")):
         if state.get(key):
-            model.load_state_dict(state[key])
+            with naming(str(path)):
+                convnext.load_weights(model, state[key], strict=True)
+            model.to(device, memory_format=torch.channels_last)
             result = evaluate(
                 model, test, mean, std, args.workers, pick_precision(args.amp, device))
-            say(f"{path} ({title}): test loss {result['loss']:.4f}  top-1 "
-                f"{result['top1']:.2f} %  top-5 {result['top5']:.2f} %  of {len(test):,} images")
+            say(f"{path} ({title}): test loss {result['loss']:.4f}  top-1 {result['top1']:.2f} %  "
+                f"top-5 {result['top5']:.2f} %  of {len(test):,} images, "
+                f"{args.img_size}x{args.img_size}")
 
 
 WHAT_HELPS = {  # in an error of PyTorch's or the system's -> what to do about it
