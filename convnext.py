@@ -516,19 +516,6 @@ SHAPES = {
     "huggingface": {".grn.weight": "c -> 1 1 1 c", ".grn.bias": "c -> 1 1 1 c"},
 }
 
-# What training programs put around a state dict, and before its names. Where there is an average
-# of the weights it is taken, as timm does: its accuracy is the published one.
-WRAPPERS = ("ema", "model_ema", "state_dict_ema", "model", "state_dict")
-PREFIXES = re.compile(r"((module|_orig_mod|model|net|backbone|convnext|convnextv2)\.)*")
-
-OTHER_NETWORKS = {  # a parameter that a relative has -> why it does not fit
-    "stem.2.weight": "timm's `_ols`: its stem is two overlapping convolutions",
-    "norm_pre.weight": "timm's `_hnf`: its head normalises before it averages",
-    "head.pre_logits.fc.weight": "timm's `_mlp`: its head has a hidden layer",
-    "blocks.0.dwconv.weight": "an isotropic ConvNeXt: it has one resolution, and no stages",
-    "mask_token": "FCMAE's encoder and decoder: only encoders saved for fine-tuning are ConvNeXts",
-}
-
 
 def names(layout: str) -> dict[str, str]:
     """Every name that a parameter can have: ours -> the layout's.
@@ -679,6 +666,35 @@ def download(source: str) -> tuple[str, dict[str, Any]]:
         raise (ValueError if wrong_name else ConnectionError)(f"{source}: {reason}") from error
 
 
+# What training programs put around a state dict, and before its names. Where there is an average
+# of the weights it is taken, as timm does: its accuracy is the published one.
+WRAPPERS = ("ema", "model_ema", "state_dict_ema", "model", "state_dict")
+PREFIXES = re.compile(r"((module|_orig_mod|model|net|backbone|convnext|convnextv2)\.)*")
+
+
+def unwrap(content: Mapping) -> dict[str, Any]:
+    """What a training program saved -> the state dict in it, without prefixes."""
+    while wrapper := next((k for k in WRAPPERS if isinstance(content.get(k), Mapping)), None):
+        content = content[wrapper]
+    state: dict[str, Any] = {}
+    for name, value in content.items():
+        plain = PREFIXES.sub("", str(name), count=1)
+        if plain in state:
+            raise ValueError(f"these weights have {plain} twice")
+        if plain != "n_averaged":  # AveragedModel's counter
+            state[plain] = value
+    return state
+
+
+OTHER_NETWORKS = {  # a parameter that a relative has -> why it does not fit
+    "stem.2.weight": "timm's `_ols`: its stem is two overlapping convolutions",
+    "norm_pre.weight": "timm's `_hnf`: its head normalises before it averages",
+    "head.pre_logits.fc.weight": "timm's `_mlp`: its head has a hidden layer",
+    "blocks.0.dwconv.weight": "an isotropic ConvNeXt: it has one resolution, and no stages",
+    "mask_token": "FCMAE's encoder and decoder: only encoders saved for fine-tuning are ConvNeXts",
+}
+
+
 class Weights(NamedTuple):
     """A checkpoint in our terms."""
 
@@ -704,15 +720,7 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
         settings |= settings_of(content, metadata)
     if not isinstance(content, Mapping):
         raise TypeError(f"weights are a state dict or a file, not a {type(content).__name__}")
-    while wrapper := next((k for k in WRAPPERS if isinstance(content.get(k), Mapping)), None):
-        content = content[wrapper]
-    given: dict[str, Any] = {}
-    for name, value in content.items():
-        plain = PREFIXES.sub("", str(name), count=1)
-        if plain in given:
-            raise ValueError(f"these weights have {plain} twice")
-        if plain != "n_averaged":  # AveragedModel's counter
-            given[plain] = value
+    given = unwrap(content)
     for name, network in OTHER_NETWORKS.items():
         if name in given:
             raise ValueError(f"these are the weights of {network}")
@@ -810,11 +818,11 @@ def load_weights(model: ConvNeXt, source: Weights | Mapping | str | PathLike,
 def infer_architecture(weights: Weights) -> dict[str, Any]:
     """create_convnext's arguments for the network that has these weights, from their shapes."""
     tensors = weights.tensors
-    names = "downsample_layers.0.0.weight", *(f"stages.{s}.0.dwconv.weight" for s in range(4))
-    for name in names:
+    needed = "downsample_layers.0.0.weight", *(f"stages.{s}.0.dwconv.weight" for s in range(4))
+    for name in needed:
         if name not in tensors or tensors[name].ndim != 4:
             raise ValueError(f"{name} is missing, or does not have four axes")
-    (_, in_channels, patch_size, _), *filters = (tensors[name].shape for name in names)
+    (_, in_channels, patch_size, _), *filters = (tensors[name].shape for name in needed)
     dims = tuple(shape[0] for shape in filters)
     depths = tuple(sum(name.startswith(f"stages.{s}.") and name.endswith(".dwconv.weight")
                        for name in tensors) for s in range(4))

@@ -13,7 +13,7 @@ README.md lists the changes and the measurements behind them. In the order in wh
     1 Arguments       every switch of the recipe, with its default
     2 Data            numbers of images -> a batch of bytes
     3 Augmentation    bytes -> what the network sees, drawn for each sample on its own
-    4 Optimisation    what decays, the learning rate of a step, the average of the weights
+    4 Optimisation    what decays, how fast a layer learns at a step, averages, the loss, a teacher
     5 Evaluation      loss, top-1, top-5
     6 The run         its state, its folder, its log
     7 Training        the loop
@@ -930,6 +930,20 @@ def training_loss(args: argparse.Namespace, logits: Tensor, targets: Tensor,
     return torch.lerp(loss, distance, args.distill_alpha)
 
 
+def check_classes(source: str, known: list[str] | None, tensors: dict[str, Tensor],
+                  classes: list[str]) -> None:
+    """Refuse a classifier for other classes. Of published weights only the number is known."""
+    if known:
+        if known != classes:
+            order = ", in another order" if sorted(known) == sorted(classes) else ""
+            raise UserError(f"{source} was trained on other classes{order}: "
+                            f"{', '.join(known[:4])}, ... ({len(known)}), here "
+                            f"{', '.join(classes[:4])}, ... ({len(classes)})")
+    elif (count := len(tensors.get("head.fc.weight", ()))) != len(classes):
+        raise UserError(f"{source} has {f'{count} classes' if count else 'no classifier'}; here "
+                        f"are {len(classes)}: {', '.join(classes[:4])}, ...")
+
+
 def load_teacher(args: argparse.Namespace, data: Data) -> Callable[[Tensor], Tensor]:
     """The network that --teacher names, as a function of normalised images (b, 3, h, w)."""
     weights = read_pretrained(args.teacher)
@@ -948,20 +962,6 @@ def load_teacher(args: argparse.Namespace, data: Data) -> Callable[[Tensor], Ten
     def teacher(x: Tensor) -> Tensor:
         return model(x * scale + shift)  # from our normalisation to its own
     return teacher
-
-
-def check_classes(source: str, known: list[str] | None, tensors: dict[str, Tensor],
-                  classes: list[str]) -> None:
-    """Refuse a classifier for other classes. Of published weights only the number is known."""
-    if known:
-        if known != classes:
-            order = ", in another order" if sorted(known) == sorted(classes) else ""
-            raise UserError(f"{source} was trained on other classes{order}: "
-                            f"{', '.join(known[:4])}, ... ({len(known)}), here "
-                            f"{', '.join(classes[:4])}, ... ({len(classes)})")
-    elif (count := len(tensors.get("head.fc.weight", ()))) != len(classes):
-        raise UserError(f"{source} has {f'{count} classes' if count else 'no classifier'}; here "
-                        f"are {len(classes)}: {', '.join(classes[:4])}, ...")
 
 
 # --- 5. Evaluation ------------------------------------------------------------------------------
