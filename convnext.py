@@ -614,9 +614,9 @@ SETTINGS = {"args", "classes", "mean", "std"}  # what train.py notes in its file
 
 
 def settings_of(content: Mapping, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """SETTINGS of a file that train.py wrote; of another file {}."""
+    """SETTINGS, and more, of a file that train.py wrote; of another file {}."""
     if metadata.keys() >= SETTINGS:
-        return {name: json.loads(metadata[name]) for name in SETTINGS}
+        return {k: json.loads(text) for k, text in metadata.items() if k != "checksum"}
     if content.keys() >= SETTINGS | {"model"} and isinstance(content["args"], dict):
         return {name: content[name] for name in SETTINGS}
     return {}
@@ -662,7 +662,7 @@ def download(source: str) -> tuple[str, dict[str, Any]]:
             return hf_hub_download(name, "pytorch_model.bin"), settings
     except Exception as error:  # each client has its own
         wrong_name = isinstance(error, ValueError | RuntimeError)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise (ValueError if wrong_name else ConnectionError)(f"{source}: {reason}") from error
 
 
