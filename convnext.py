@@ -350,11 +350,11 @@ class GRN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # In float16 a 56x56 map full of 20s has an infinite sum of squares, and one of 1200s an
-        # infinite norm. PyTorch's norm sums in float32; here its result is that wide, too.
-        wide = torch.float32 if x.dtype == torch.float16 else None
-        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)
+        # infinite norm; in bfloat16 1 + 0.003 is 1. So all this is as wide as float32.
+        norm = torch.linalg.vector_norm(
+            x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         n = norm / (reduce(norm, "b 1 1 c -> b 1 1 1", "mean") + 1e-6)
-        return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * n).to(x.dtype))
+        return torch.addcmul(self.beta, x, 1 + self.gamma * n).to(self.beta.dtype)
 
 
 class Variant(NamedTuple):

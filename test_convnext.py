@@ -273,6 +273,10 @@ def test_grn_is_timms_and_safe_in_float16():
     for mine, their in zip(ours.parameters(), theirs.parameters()):
         their.data.copy_(mine.data.normal_())
     torch.testing.assert_close(ours(x), theirs(x))
+    for mine, their in zip(ours.parameters(), theirs.parameters()):
+        their.data.copy_(mine.data.mul_(1e-3))
+    narrow = x.bfloat16()  # the parameters' small steps must not be rounded away
+    torch.testing.assert_close(ours(narrow), theirs(narrow.float()))
     assert torch.autograd.gradcheck(ours.double(), x[:1, :2, :2].double().requires_grad_())
     large = torch.rand(1, 56, 56, 12) * 1000 + 1000  # a sum of squares of 7e9, a norm of 84,000
     y = ours.half()(large.half())
