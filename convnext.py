@@ -48,6 +48,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import pairwise, product
 from os import PathLike
 from pathlib import Path
@@ -376,8 +377,8 @@ VARIANTS = {
     "large": Variant((3, 3, 27, 3), (192, 384, 768, 1536)),
     "xlarge": Variant((3, 3, 27, 3), (256, 512, 1024, 2048)),
 }
-for _name in ("atto", "femto", "pico", "nano", "tiny", "base", "large"):
-    VARIANTS[f"v2_{_name}"] = VARIANTS[_name]._replace(grn=True)
+VARIANTS |= {f"v2_{name}": VARIANTS[name]._replace(grn=True)
+             for name in ("atto", "femto", "pico", "nano", "tiny", "base", "large")}
 VARIANTS["v2_huge"] = Variant((3, 3, 27, 3), (352, 704, 1408, 2816), grn=True)
 
 
@@ -517,7 +518,8 @@ SHAPES = {
 }
 
 
-def names(layout: str) -> dict[str, str]:
+@cache
+def names(layout: str) -> Mapping[str, str]:
     """Every name that a parameter can have: ours -> the layout's.
 
     For four stages of up to 40 blocks, more than any variant has; so no depths need be known.
@@ -622,6 +624,13 @@ def settings_of(content: Mapping, metadata: Mapping[str, str]) -> dict[str, Any]
     return {}
 
 
+DOWNLOADS = ("timm:", "hf:", "https:")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def download(source: str) -> tuple[str, dict[str, Any]]:
     """timm:NAME, hf:REPO or an https address -> its file's path, and the settings timm has for it.
 
@@ -662,7 +671,7 @@ def download(source: str) -> tuple[str, dict[str, Any]]:
             return hf_hub_download(name, "pytorch_model.bin"), settings
     except Exception as error:  # each client has its own
         wrong_name = isinstance(error, ValueError | RuntimeError)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise (ValueError if wrong_name else ConnectionError)(f"{source}: {reason}") from error
 
 
@@ -714,7 +723,7 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
     content, settings = source, {}
     if isinstance(source, str | PathLike):
         path = source
-        if str(source).startswith(("timm:", "hf:", "https:")):
+        if str(source).startswith(DOWNLOADS):
             path, settings = download(str(source))
         content, metadata = read_file(path)
         settings |= settings_of(content, metadata)

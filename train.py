@@ -33,7 +33,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -354,10 +354,13 @@ def naming(source: str) -> Iterator[None]:
         raise UserError(text + hint) from error
 
 
-def read_pretrained(source: str) -> convnext.Weights:
-    """Whatever --init-from, --teacher or --eval-only name; published files are ImageNet's."""
+def read_pretrained(source: str, content: Mapping | None = None) -> convnext.Weights:
+    """Whatever --init-from, --teacher or --eval-only name; published files are ImageNet's.
+
+    `content`: the file's, if it has been read.
+    """
     with naming(source):
-        weights = convnext.read_weights(source)
+        weights = convnext.read_weights(content or source)
         convnext.infer_architecture(weights)  # refuses what is no variant
     settings = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "classes": None, "args": {}}
     return weights._replace(settings=settings | weights.settings)
@@ -540,8 +543,7 @@ def load_torchvision(args: argparse.Namespace, train: bool) -> Pictures | InMemo
             data = (sets.CIFAR10 if name == "cifar10" else sets.CIFAR100)(
                 root, train, download=True)
     except (OSError, RuntimeError, ModuleNotFoundError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name} could not be loaded ({reason}). "
+        raise UserError(f"{name} could not be loaded ({convnext.first_line(error)}). "
                         f"{OTHERWISE[name].format(root)}") from error
     if name.startswith("cifar") and args.img_size == 32:
         images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
@@ -911,10 +913,10 @@ def make_ema(model: nn.Module, horizon: float, total: int) -> AveragedModel | No
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T²·KL(softmax(teacher / T) ‖ softmax(logits / T)) (Hinton et al., 2015). (b, classes) twice.
+    """T²·KL(softmax(teacher / T) ‖ softmax(logits / T)), both (b, classes).
 
-    The teacher's small probabilities say what a class looks like, too; a T above 1 raises them.
-    Gradients fall with 1 / T², hence the factor.
+    From Hinton et al., 2015. The teacher's small probabilities say what a class looks like, too; a
+    T above 1 raises them. Gradients fall with 1 / T², hence the factor.
     """
     ours, theirs = ((x / temperature).log_softmax(1) for x in (logits, teacher))
     return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
@@ -922,7 +924,7 @@ def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Te
 
 def training_loss(args: argparse.Namespace, logits: Tensor, targets: Tensor,
                   teacher: Tensor | None = None) -> Tensor:
-    """(1 - α)·CE(targets, logits) + α·T²·KL(teacher ‖ logits); without a teacher α is 0."""
+    """(1 - α)·CE(targets, logits) + α·T²·KL(teacher ‖ logits); no teacher: α = 0."""
     loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smoothing)
     if teacher is None:
         return loss
@@ -1054,8 +1056,8 @@ class Run:
             report = convnext.load_weights(self.model, weights)
         if others:
             report = report._replace(kept=[
-                re.sub(r"(head\.fc\.\w+) .*", r"\1 is for other classes there", line)
-                for line in report.kept])
+                f"{line.split()[0]} is for other classes there" if line.startswith("head.fc.")
+                else line for line in report.kept])
         new = [line for line in report.kept if not line.startswith("head.")]
         if self.args.freeze_backbone and new:
             raise UserError(f"--freeze-backbone would leave untrained what does not come from "
@@ -1168,8 +1170,8 @@ def read_checkpoint(source: str | Path, any_layout: bool = False) -> dict:
 
     any_layout: whatever --init-from takes, in the form of a weights.safetensors.
     """
-    path = Path(source)
-    if not (any_layout and str(source).startswith(("timm:", "hf:", "https:"))):
+    path, content = Path(source), None
+    if not (any_layout and str(source).startswith(convnext.DOWNLOADS)):
         if not path.is_file():
             raise UserError(f"there is no checkpoint {path}")
         try:
@@ -1183,7 +1185,7 @@ def read_checkpoint(source: str | Path, any_layout: bool = False) -> dict:
             hint = f"; there is also {best}" if best.exists() and best != path else ""
             raise UserError(f"{path} ({path.stat().st_size:,} bytes) is not a complete checkpoint"
                             f"{'' if any_layout else ' written by train.py'}{hint}")
-    weights = read_pretrained(str(source))
+    weights = read_pretrained(str(source), content)
     args = network_arguments(weights) | {"dataset": "imagenet"}  # published weights are ImageNet's
     return weights.settings | {"args": args, "weights": weights.tensors}
 
@@ -1293,8 +1295,9 @@ def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
                        labels.to(device, non_blocking=True),
                        mix=epoch < args.epochs - args.mix_off_epochs)
         so_far["waiting"] += time.perf_counter() - ended  # on a GPU, for its launches only
+        lr = run.lr
         for group in optimizer.param_groups:
-            group["lr"] = run.lr * group["lr_scale"]
+            group["lr"] = lr * group["lr_scale"]
 
         # ---- learning --------------------------------------------------------------------------
         for xs, ys in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
@@ -1380,12 +1383,11 @@ def report(path: str | Path, state: dict, args: argparse.Namespace,
     test = test or load_split(args, train=False, classes=state["classes"])
     check_classes(str(path), state["classes"], state.get("weights", {}), test.classes)
     mean, std = (torch.tensor(state[name], device=device) for name in ("mean", "std"))
-    model = build_model(args, len(test.classes))
+    model = build_model(args, len(test.classes)).to(device, memory_format=torch.channels_last)
     for title, key in (("raw", "model"), ("EMA", "ema"), ("weights", "weights")):
         if state.get(key):
             with naming(str(path)):
                 convnext.load_weights(model, state[key], strict=True)
-            model.to(device, memory_format=torch.channels_last)
             result = evaluate(
                 model, test, mean, std, args.workers, pick_precision(args.amp, device))
             say(f"{path} ({title}): test loss {result['loss']:.4f}  top-1 {result['top1']:.2f} %  "
