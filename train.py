@@ -157,6 +157,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--crop-padding", type=whole("[0, inf)"), default=4, help="pixels, of images up to 64x64")
     add("--crop-scale", type=real("[0, 1]"), default=0.08, help="least area, of larger images")
     add("--flip", type=real("[0, 1]"), default=0.5, help="chance of a mirror image")
+    add("--start-size", type=whole("[0, inf)"), default=0, metavar="N",
+        help="train on images shrunk to this side during the first --start-share of the run")
+    add("--start-share", type=real("[0, 1]"), default=0.5, metavar="X",
+        help="share of the epochs at --start-size")
     add("--rand-augment", type=real("[0, 10]"), default=9, help="strength, up to 10")
     add("--random-erase", type=real("[0, 1]"), default=0.25, help="chance of an erased rectangle")
     add("--mixup", type=real("[0, inf)"), default=0.8, help="alpha")
@@ -174,6 +178,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--drop-path", type=real("[0, 1)"), default=0.1, help="stochastic depth, at the last block")
     add("--layer-scale", type=real("[0, inf)"), metavar="X",
         help="initial value; 0: none; default 0.1, V2: none")
+    add("--init", choices=("paper", "fan-in"), default="paper",
+        help="initial weights. paper: standard deviation 0.02 everywhere; fan-in: larger for "
+        "narrow layers, so that each keeps the size of what it is given")
     add("--head-init-scale", type=real("[0, inf)"), default=1.0, metavar="X",
         help="factor on the classifier's first weights")
     group = parser.add_argument_group("weights")
@@ -203,8 +210,17 @@ def make_parser() -> argparse.ArgumentParser:
     add_data_arguments(parser)
     add_model_arguments(parser)
     add = parser.add_argument_group("optimisation").add_argument
-    add("--recipe", choices=("scratch", "finetune"), default="scratch",
-        help="finetune: other defaults, for --init-from (V1's table 6, and for V2, too)")
+    add("--recipe", choices=("scratch", "finetune", "fast"), default="scratch",
+        help="other defaults. finetune: for --init-from (V1's table 6, and for V2, too); fast: "
+        "for a small network on two CPU cores")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw",
+        help="muon: for the matrices of the blocks, AdamW for everything else")
+    add("--muon-lr", type=real("(0, inf)"), default=0.02, metavar="X",
+        help="highest learning rate of the matrices that Muon trains")
+    add("--beta2", type=real("[0, 1)"), default=0.999, metavar="B",
+        help="AdamW's decay rate for the average of squared gradients")
+    add("--schedule", choices=("cosine", "linear"), default="cosine",
+        help="how the learning rate falls after the warmup")
     add("--epochs", type=whole("[1, inf)"), default=100, help="passes over the data")
     add("--batch-size", "-b", type=whole("[1, inf)"), default=128, help="images a step")
     add("--accumulate", type=whole("[1, inf)"), default=1, help="parts of a batch, to save memory")
@@ -226,6 +242,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=whole("[0, 4294967295]"), default=0, help="of all that is random")
     add("--eval-every", type=whole("[1, inf)"), default=1, metavar="N",
         help="epochs, and after the last")
+    add("--tta", action="store_true",
+        help="also report the mean of the logits of each test image and its mirror image")
     add("--output", metavar="DIR", help="run folder; default runs/<time>-<variant>")
     return parser
 
@@ -246,6 +264,15 @@ def finetune_recipe(args: argparse.Namespace) -> dict[str, Any]:
         "drop_path": drop_path,
         # 0.9999 in the paper's 75,000 steps, for XL only: 10,000 of them are 13 %.
         "ema_horizon": 0.13 if name == "xlarge" else 0.0}
+
+
+def fast_recipe() -> dict[str, Any]:
+    return {
+        "variant": "atto", "patch_size": 1, "layer_scale": 0.0, "init": "fan-in",
+        "drop_path": 0.0, "optimizer": "muon", "lr": 3e-3, "muon_lr": 0.02, "beta2": 0.95,
+        "min_lr": 0.0, "weight_decay": 0.02, "schedule": "linear", "batch_size": 256, "epochs": 40,
+        "label_smoothing": 0.1, "crop_padding": 4, "rand_augment": 5.0, "random_erase": 0.25,
+        "mix_prob": 0.0, "ema_horizon": 0.0, "start_size": 24, "start_share": 0.5, "tta": True}
 
 
 def refuse_changes(parser: argparse.ArgumentParser, args: argparse.Namespace,
@@ -300,6 +327,8 @@ def parse_args(argv: list[str]) -> tuple[
         args = parser.parse_args(argv)  # the recipe depends on the variant
         if args.recipe == "finetune":
             parser.set_defaults(**finetune_recipe(args))
+        if args.recipe == "fast":
+            parser.set_defaults(**fast_recipe())
         if args.freeze_backbone:  # what does not learn needs no noise
             parser.set_defaults(drop_path=0.0)
         args = parser.parse_args(argv)
@@ -834,12 +863,14 @@ def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def augment(args: argparse.Namespace, data: Data, x: Tensor, labels: Tensor,
-            mix: bool) -> tuple[Tensor, Tensor]:
+            mix: bool, size: int = 0) -> tuple[Tensor, Tensor]:
     """Bytes (b, 3, h, w) and labels (b,) -> what the network sees, and targets (b, classes)."""
     x = crop_and_flip(x, args.crop_padding if args.img_size <= SMALL else 0, args.flip)
     x = x.float() / 255
     if args.rand_augment:
         x = rand_augment(x, args.rand_augment)
+    if size and size != args.img_size:
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
     x = normalize(x, data.mean, data.std)
     if args.random_erase:
         x = random_erase(x, args.random_erase)
@@ -889,7 +920,56 @@ def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
     return list(groups.values())
 
 
-def lr_at(step: int, total: int, warmup: int, peak: float, floor: float) -> float:
+class Optimizers:
+    """AdamW alone, or with Muon for the matrices of the blocks, behind one optimiser's methods."""
+
+    def __init__(self, model: nn.Module, args: argparse.Namespace) -> None:
+        groups = parameter_groups(model, args.weight_decay, args.layer_decay)
+        self.parts: list[torch.optim.Optimizer] = []
+        if args.optimizer == "muon":
+            matrices = {p for n, p in model.named_parameters() if ".pwconv" in n and p.ndim == 2}
+            muon = [g | {"params": [p for p in g["params"] if p in matrices],
+                         "lr_scale": g["lr_scale"] * args.muon_lr / args.lr} for g in groups]
+            groups = [g | {"params": [p for p in g["params"] if p not in matrices]}
+                      for g in groups]
+            muon, groups = ([g for g in part if g["params"]] for part in (muon, groups))
+            self.parts.append(torch.optim.Muon(muon, lr=args.muon_lr))
+        self.parts.append(torch.optim.AdamW(
+            groups, lr=args.lr, betas=(0.9, args.beta2), fused=True))
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, state: list[dict]) -> None:
+        for part, saved in zip(self.parts, state, strict=True):
+            part.load_state_dict(saved)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+
+@torch.no_grad()
+def fan_in_init(model: convnext.ConvNeXt) -> None:
+    blocks = sum(map(len, model.stages))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and name != "head.fc":
+            std = module.weight[0].numel() ** -0.5
+            if name.endswith("pwconv2"):
+                std /= (2 * blocks) ** 0.5
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+
+
+def lr_at(step: int, total: int, warmup: int, peak: float, floor: float,
+          schedule: str = "cosine") -> float:
     """The learning rate of step 0 ... total - 1: a straight line up, then half a cosine down.
 
     A function of the step alone, so there is no scheduler whose state could be lost.
@@ -897,6 +977,8 @@ def lr_at(step: int, total: int, warmup: int, peak: float, floor: float) -> floa
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - 1 - warmup)
+    if schedule == "linear":
+        return floor + (peak - floor) * (1 - (step - warmup) / max(1, total - warmup))
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -971,14 +1053,15 @@ def load_teacher(args: argparse.Namespace, data: Data) -> Callable[[Tensor], Ten
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, images: Dataset, mean: Tensor, std: Tensor, workers: int,
-             precision: torch.dtype) -> dict[str, float]:
+             precision: torch.dtype, tta: bool = False) -> dict[str, float]:
     """Mean cross-entropy, and the share (%) whose class comes first, and among the first five."""
     model.eval()
     device, total = mean.device, torch.zeros(3, device=mean.device)
     for x, labels in batches(images, 250, workers, pin=device.type == "cuda"):
         x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, precision, precision != torch.float32):
-            logits = model(normalize(x / 255.0, mean, std))
+            x = normalize(x / 255.0, mean, std)
+            logits = (model(x) + model(x.flip(3))) / 2 if tta else model(x)
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == rearrange(labels, "b -> b 1")
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -1031,13 +1114,13 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = build_model(args, len(self.data.classes)).to(
             device, memory_format=torch.channels_last)
+        if args.init == "fan-in":
+            fan_in_init(self.model)
         self.origin = self.initialise(weights) if weights else None
         if args.freeze_backbone:
             self.model.requires_grad_(False).head.fc.requires_grad_(True)
         self.ema = make_ema(self.model, args.ema_horizon, self.total)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, args.weight_decay, args.layer_decay), lr=args.lr,
-            fused=True)
+        self.optimizer = Optimizers(self.model, args)
         # float16 alone has too small a range for gradients: they are scaled up, and back down
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         if checkpoint:
@@ -1067,7 +1150,8 @@ class Run:
     @property
     def lr(self) -> float:
         warmup = round(self.steps * self.args.warmup_epochs)
-        return lr_at(self.step, self.total, warmup, self.args.lr, self.args.min_lr)
+        return lr_at(self.step, self.total, warmup, self.args.lr, self.args.min_lr,
+                     self.args.schedule)
 
     def measure(self, split: str) -> dict[str, float]:
         """The accuracy of the weights, and of their average, as columns of metrics.csv."""
@@ -1094,10 +1178,6 @@ class Run:
             raise UserError(f"{self.args.resume} was trained on other images than these")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, now in zip(self.optimizer.param_groups, parameter_groups(
-                self.model, self.args.weight_decay, self.args.layer_decay)):
-            # --override may have changed the one, and older files lack the other
-            group |= {k: now[k] for k in ("weight_decay", "lr_scale")}
         if state["scaler"]:  # a run in float16
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.so_far = state["step"], state["history"], state["so_far"]
@@ -1293,7 +1373,8 @@ def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
         torch.manual_seed(1_000_000_007 * args.seed + run.step + 1)
         x, y = augment(args, data, images.to(device, non_blocking=True),
                        labels.to(device, non_blocking=True),
-                       mix=epoch < args.epochs - args.mix_off_epochs)
+                       mix=epoch < args.epochs - args.mix_off_epochs,
+                       size=args.start_size if epoch < args.epochs * args.start_share else 0)
         so_far["waiting"] += time.perf_counter() - ended  # on a GPU, for its launches only
         lr = run.lr
         for group in optimizer.param_groups:
@@ -1308,10 +1389,8 @@ def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
             scaler.scale(loss).backward()
             so_far["loss"] += loss.detach()
         if args.clip_grad:
-            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
+        optimizer.step()
         optimizer.zero_grad()
         if run.ema:
             run.ema.update_parameters(model)
@@ -1390,6 +1469,10 @@ def report(path: str | Path, state: dict, args: argparse.Namespace,
                 convnext.load_weights(model, state[key], strict=True)
             result = evaluate(
                 model, test, mean, std, args.workers, pick_precision(args.amp, device))
+            if args.tta:
+                mirrored = evaluate(model, test, mean, std, args.workers,
+                                    pick_precision(args.amp, device), tta=True)
+                say(f"{path} ({title}), with mirror: top-1 {mirrored['top1']:.2f} %")
             say(f"{path} ({title}): test loss {result['loss']:.4f}  top-1 {result['top1']:.2f} %  "
                 f"top-5 {result['top5']:.2f} %  of {len(test):,} images, "
                 f"{args.img_size}x{args.img_size}")
