@@ -1,49 +1,46 @@
 """ConvNeXt in one file, to be read from top to bottom.
 
+    import torch
+    from convnext import create_convnext, from_checkpoint
+
+    model = create_convnext("tiny", num_classes=10)            # random weights
+    logits = model(torch.randn(8, 3, 224, 224))                # (8, 10)
+    model = create_convnext("atto", num_classes=10, patch_size=1)   # for 32x32 images: 1 or 2
+    model = from_checkpoint("timm:convnext_tiny.fb_in1k")      # pretrained, in evaluation mode
+
 "A ConvNet for the 2020s" (Liu et al., 2022, https://arxiv.org/abs/2201.03545) starts from a
-ResNet-50 and changes one thing after another until a plain convolutional network matches a Swin
-Transformer. This file builds the result from its smallest part to the whole; on the right, where
-the paper explains it:
+ResNet-50 and changes one thing after the other until a purely convolutional network matches a Swin
+Transformer. An image takes this way through the result, ConvNeXt-Tiny:
 
-    Patchify            the stem: cut the image into patches             section 2.2
-    DepthwiseConv       7x7, one filter per channel: mixes positions     2.3, 2.5
-    GELU                the only activation of a block                   2.6
-    InvertedBottleneck  narrow, 4x wide, narrow: mixes channels          2.4, 2.6
-    LayerNorm           a mean and a variance for each position          2.6
-    DropPath            skip branches at random while training           appendix A.1
-    LayerScale          let every branch start close to zero             appendix A.1
-    Block               all of these but the stem, around a shortcut     figure 4
-    Downsample          halve the resolution between stages              2.6
-    Head                pool, normalise, classify
-    ConvNeXt            four stages of blocks                            table 9
-    GRN                 what ConvNeXt V2 adds                            V2's section 3.2
-    VARIANTS            atto to xlarge, v2_atto to v2_huge               section 3
-    load_weights        checkpoints of Meta, timm, torchvision, Hugging Face; and back again
-    DepthwiseGradient   why training is faster here than elsewhere, on a CPU
-    ROADMAP             every network between ResNet-50 and this one     table 10
+    image                     3 x 224 x 224
+    stem                     96 x  56 x  56    cut into 4x4 patches, embed each
+    stage 1: 3 blocks        96 x  56 x  56
+    downsample, 3 blocks    192 x  28 x  28
+    downsample, 9 blocks    384 x  14 x  14
+    downsample, 3 blocks    768 x   7 x   7
+    head                    768 -> 1000        average over the positions, normalise, classify
 
-Sections, tables and figures named in this file are the paper's; V2's is
-https://arxiv.org/abs/2301.00808 (Woo et al., 2023). Every change of layout is an
-einops pattern, which is also its shape comment: b = batch, c = channels, h, w = height, width.
-Between the pieces a feature map is (b, c, h, w).
+and each block computes x + branch(x), where the branch first mixes positions, then channels.
 
-The function, its initialisation and the stochastic-depth schedule are those of the authors' code
-(https://github.com/facebookresearch/ConvNeXt). Deliberately different:
+Part 1 builds the network in the order of the paper, part 2 every network on the road from
+ResNet-50 to here (`python convnext.py --road` lists them; without --road, it lists the variants).
+Part 3 reads and writes the checkpoints of other libraries, and part 4 makes training on a CPU
+faster; a reader who wants to understand ConvNeXt can stop before part 3.
 
-  - `patch_size` may be 1 or 2, so that a 32x32 image does not end as a single pixel;
-  - `num_classes=0` gives the pooled features, `forward_pyramid` every stage's map;
-  - an image below the total stride is refused in a sentence, not in a convolution's words;
-  - all LayerNorms run as PyTorch's own kernel, which fixes the memory layout: see LayerNorm2d;
-  - where gradients are recorded, strided convolutions run as a linear layer on patches, and on a
-    CPU the depthwise one has a gradient of its own: faster, the same numbers up to rounding;
-  - each idea is a module, hence `mlp.pwconv1` and `layer_scale.gamma` for `pwconv1`, `gamma`.
+Sections, tables and figures named below are the paper's; V2 is https://arxiv.org/abs/2301.00808
+(Woo et al., 2023). Every change of layout is an einops pattern, which doubles as the shape comment:
+b = batch, c = channels, h, w = height and width. Between blocks a feature map is (b, c, h, w);
+inside a block, after the depthwise convolution, it is (b, h, w, c).
 
-`python convnext.py` prints each variant's size and cost beside the published ones.
+Function and initialisation are those of the authors' code
+(https://github.com/facebookresearch/ConvNeXt). Two things differ in form: `patch_size` can be 1 or
+2, for images so small that 4x4 patches leave too few positions; and each idea is a module of its
+own, so the authors' parameter `pwconv1` is `mlp.pwconv1` here.
 """
 
 import argparse
 import hashlib
-import json
+import math
 import re
 import warnings
 import zipfile
@@ -58,158 +55,165 @@ from urllib.parse import urlparse
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+# --- Part 1. The network --------------------------------------------------------------------------
+
 
 class Patchify(nn.Conv2d):
-    """The stem: cut the image into squares, embed each. (b, c, h, w) -> (b, dim, h / p, w / p)
+    """Cut the image into squares and map each to a vector. (b, c, h, w) -> (b, dim, h / p, w / p)
 
         y[:, i, j] = W · flatten(x[:, p·i : p·i + p, p·j : p·j + p]) + bias,   p = patch_size
 
-    ResNet begins with overlapping 7x7 windows and a max-pool; a vision transformer cuts the image
-    into patches and maps each to a vector by one shared linear layer, which is a convolution
-    whose stride is its kernel size. That does as well here (section 2.2). The paper's p is 4.
-    Rows and columns at the edge that do not fill a patch are dropped.
+    A convolution whose stride equals its kernel size: the windows do not overlap, and one linear
+    layer is shared by all of them. ResNet's stem is a 7x7 convolution with overlapping windows and
+    a max-pool; vision transformers use patches, and those work just as well here (section 2.2).
+    The stem has p = 4, the layers between the stages have p = 2. Rows and columns at the edge that
+    do not fill a patch are dropped.
     """
 
     def __init__(self, in_channels: int, dim: int, patch_size: int = 4) -> None:
         super().__init__(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return super().forward(x)
-        # As a linear layer on patches: the same function, and on a CPU a faster gradient.
-        p, (h, w) = self.stride[0], x.shape[2:]
-        x = x[:, :, : h - h % p, : w - w % p]
-        x = rearrange(x, "b c (h p) (w q) -> b h w (p q c)", p=p, q=p)
-        x = F.linear(x, rearrange(self.weight, "dim c p q -> dim (p q c)"), self.bias)
-        return rearrange(x, "b h w dim -> b dim h w")
-
 
 class DepthwiseConv(nn.Conv2d):
-    """A 7x7 filter for each channel. (b, dim, h, w) -> (b, dim, h, w)
+    """Filter each channel on its own with a 7x7 kernel. (b, dim, h, w) -> (b, dim, h, w)
 
-        y[c, i, j] = Σ_{u,v} W[c, u, v] · x[c, i + u - 3, j + v - 3] + bias[c]
+        y[c, i, j] = Σ_{u,v} W[c, u, v] · x[c, i + u - 3, j + v - 3] + bias[c],   u, v = 0 ... 6
 
-    Like self-attention it mixes positions and leaves channels apart (section 2.3). So it takes
-    49·dim multiplications per position where a dense 7x7 takes 49·dim², and a large kernel is
-    affordable: 3x3 -> 7x7 gains 0.65 points of accuracy, larger ones no more (section 2.5).
+    Outside of the map x is zero. Like the weighted sum in self-attention, this mixes positions and
+    keeps channels apart, an idea that convolutional networks had before: ResNeXt convolves in
+    groups of channels, MobileNet in groups of one (section 2.3). It takes 49·dim multiplications
+    per position, where a dense 7x7 convolution takes 49·dim². So a large kernel is affordable: 7x7
+    is the smallest window in which Swin attends, and 3x3 -> 7x7 gains 0.65 points of accuracy;
+    larger kernels gain nothing more (section 2.5).
     """
-
-    fast_gradient = True  # False: PyTorch's own, slower on a CPU (see "Faster" below)
 
     def __init__(self, dim: int, kernel_size: int = 7) -> None:
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fast_gradient and torch.is_grad_enabled():
-            return depthwise_conv(x, self.weight, self.bias)
-        return super().forward(x)
+
+class LayerNorm(nn.LayerNorm):
+    """Normalise the channels of each position on their own. (..., dim) -> (..., dim)
+
+        y = weight ⊙ (x - mean(x)) / √(var(x) + ε) + bias
+
+    Mean and variance are taken over the last axis, the channels. Positions and images share no
+    statistics, so training and evaluation compute the same. (GroupNorm with one group is different:
+    it also averages over the positions.) Replacing BatchNorm by it changes the accuracy little,
+    +0.06 points (section 2.6), but what a network answers no longer depends on the rest of a batch.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=1e-6)  # the authors' ε; PyTorch's default is 1e-5
 
 
-class GELU(nn.GELU):
-    """x · Φ(x), with Φ the normal distribution's: a ReLU with a rounded corner. (...) -> (...)
+class LayerNorm2d(LayerNorm):
+    """LayerNorm of a feature map. (b, dim, h, w) -> (b, dim, h, w)
 
-    The exact one; the tanh approximation would move the logits. Where no gradient is recorded it
-    overwrites its input, as nn.ReLU(inplace=True) does: the network's widest tensors then need
-    not exist twice. (A hook that keeps the output of pwconv1 must clone it.)
+    nn.LayerNorm returns memory in which the channels of a position lie side by side, and
+    convolutions keep that order ("channels_last"). The stem ends with this layer. So from there on
+    `rearrange` between "b c h w" and "b h w c" changes only strides, and copies nothing.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+        x = super().forward(rearrange(x, "b c h w -> b h w c"))
+        return rearrange(x, "b h w c -> b c h w")
+
+
+class GRN(nn.Module):
+    """Global response normalisation: the new layer of ConvNeXt V2. (b, h, w, dim) -> (b, h, w, dim)
+
+        y = γ ⊙ (x ⊙ n) + β + x,   n[c] = ‖x[:, :, c]‖ / (mean over channels k of ‖x[:, :, k]‖ + ε)
+
+    The norms are taken over all positions of an image. V2 is pre-trained by filling in masked parts
+    of images, and many channels then came to respond alike. With GRN channels compete: one that
+    responds more strongly than the average is amplified (V2, section 3). γ and β start at 0, so
+    the layer starts as the identity.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(dim))
+        self.beta = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # At least float32: squares overflow float16, and bfloat16 rounds a small γ away.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # (b, 1, 1, dim)
+        n = norm / (reduce(norm, "b 1 1 c -> b 1 1 1", "mean") + 1e-6)
+        return (self.gamma * (x * n) + self.beta + x).to(self.gamma.dtype)
 
 
 class InvertedBottleneck(nn.Module):
     """Two linear layers around a GELU, the same at every position. (..., dim) -> (..., dim)
 
-        y = W₂ · GELU(W₁ · x + b₁) + b₂,   W₁: dim -> 4·dim,  W₂: 4·dim -> dim
+        y = W₂ · GELU(W₁ · x + b₁) + b₂,   W₁: dim -> 4·dim,   W₂: 4·dim -> dim
 
-    ResNet's bottleneck goes wide - narrow - wide; a transformer's MLP goes narrow - wide - narrow
-    with one activation, and the paper adopts both habits (sections 2.4 and 2.6). In here are
-    nine tenths of Tiny's parameters, 8·dim² a block, each multiplied once at every position.
+    ResNet's bottleneck is wide - narrow - wide. MobileNetV2's, like the MLP of a transformer, is
+    narrow - wide - narrow (section 2.4). Following transformers, it has a single activation, where
+    ResNet has one after each layer; GELU is a smooth ReLU, x · Φ(x) with Φ the standard normal
+    distribution function (section 2.6). Nine tenths of Tiny's parameters are in these layers,
+    8·dim² per block, each used once per position. V2 puts GRN after the activation (`grn`).
     """
 
     def __init__(self, dim: int, expansion: int = 4, grn: bool = False) -> None:
         super().__init__()
-        # pw: pointwise. As 1x1 convolutions they would be the same function, but nn.Linear on
-        # the last axis is one large matrix product.
+        # pw stands for pointwise: 1x1 convolutions would compute the same, but nn.Linear on the
+        # last axis is one large matrix product.
         self.pwconv1 = nn.Linear(dim, expansion * dim)
-        self.act = GELU()
-        self.grn = GRN(expansion * dim) if grn else nn.Identity()  # V2 only, see below
+        self.act = nn.GELU()
+        self.grn = GRN(expansion * dim) if grn else nn.Identity()
         self.pwconv2 = nn.Linear(expansion * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pwconv2(self.grn(self.act(self.pwconv1(x))))
 
 
-class LayerNorm(nn.LayerNorm):
-    """Normalise each position's channels on their own. (..., dim) -> (..., dim)
+class LayerScale(nn.Module):
+    """Multiply each channel of the branch by a learned factor. (..., dim) -> (..., dim)
 
-        y = γ · (x - mean(x)) / √(var(x) + ε) + β,   mean and var over the last axis
+        y = γ ⊙ x,   γ starts at `init`, 1e-6 in the paper
 
-    No statistic is shared between positions or samples, so training and evaluation compute the
-    same. (GroupNorm with one group is another thing: it averages over the positions as well.)
+    This comes from CaiT, a deep vision transformer (Touvron et al., 2021). With so small a γ every
+    block starts as almost the identity, and its branch grows as far as it proves useful. γ has one
+    axis, like biases and the gains of norms; that is how train.py knows what not to decay.
     """
 
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, eps=1e-6)  # as the authors'; PyTorch's 1e-5 would move the logits
-
-
-class LayerNorm2d(LayerNorm):
-    """LayerNorm for a feature map. (b, dim, h, w) -> (b, dim, h, w)
-
-    PyTorch's kernel wants the channels of a position side by side in memory, as linear layers do.
-    It leaves its output like that, and convolutions keep the layout of their input. So after the
-    stem's norm every map is laid out this way ("channels_last") whatever the caller's image was,
-    and the `rearrange`s of the blocks change the view of the memory, not the memory.
-    """
+    def __init__(self, dim: int, init: float = 1e-6) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = rearrange(x, "b c h w -> b h w c")
-        x = super().forward(x)
-        return rearrange(x, "b h w c -> b c h w")
+        return self.gamma * x
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: while training, zero the branch with probability p. (b, ...) -> (b, ...)
+    """Stochastic depth: drop the branch of random samples while training. Keeps the shape.
 
-        y = x · m / (1 - p),   m ~ Bernoulli(1 - p), drawn for each sample;  x: the branch's output
+        y = x · m / (1 - p),   m ~ Bernoulli(1 - p), drawn per sample,   x: (b, c, h, w)
 
-    A sample whose branch is zero skips the block, so no block can be relied on alone (Huang et
-    al., 2016). Dividing by 1 - p keeps the expectation, and evaluation leaves x as it is.
+    A sample whose branch is dropped passes the block unchanged, so the network cannot rely on any
+    single block (Huang et al., 2016). Dividing by 1 - p keeps the expectation. In evaluation
+    nothing is dropped. Raises ValueError unless 0 <= p < 1.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"drop_path must be at least 0 and below 1, not {p}")
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        mask = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.p)
-        return x * (mask / (1 - self.p))
+        keep = x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - self.p)
+        return x * (keep / (1 - self.p))
 
     def extra_repr(self) -> str:
         return f"p={self.p:.3f}"
-
-
-class LayerScale(nn.Module):
-    """A learned factor for each channel of the branch. (..., dim) -> (..., dim)
-
-        y = γ ⊙ x,   γ = 1e-6 at first
-
-    From CaiT (Touvron et al., 2021): with γ this small every block begins as the identity, and
-    its branch grows as far as it proves useful.
-    """
-
-    def __init__(self, dim: int, init: float = 1e-6) -> None:
-        super().__init__()
-        # One axis, like norms and biases: by that train.py knows what weight decay must not touch.
-        self.gamma = nn.Parameter(torch.full((dim,), init))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gamma * x
 
 
 class Block(nn.Module):
@@ -217,11 +221,15 @@ class Block(nn.Module):
 
         y = x + DropPath(LayerScale(InvertedBottleneck(LayerNorm(DepthwiseConv(x)))))
 
-    A transformer block has a shortcut, a norm and so on for attention and again for the MLP;
-    here both kinds of mixing share one shortcut, one norm and one activation.
+    A transformer block mixes positions by attention and then channels by an MLP, each with a norm
+    and a shortcut. Here both kinds of mixing share one norm, one activation and one shortcut.
+    Fewer are better: removing two of three activations gained 0.65 points, removing two of three
+    norms 0.14 (section 2.6). The paper offers no theory for it; these are measurements.
 
-    drop_path: probability, in [0, 1), of skipping the branch. layer_scale: first γ, 0 for none.
-    grn: with ConvNeXt V2's normalisation.
+    Of the multiplications, 49·dim + 8·dim² per position, the 7x7 kernel takes 6 % at 96 channels
+    and 0.8 % at 768.
+
+    drop_path: p of DropPath. layer_scale: initial γ of LayerScale, 0 for none. grn: V2's block.
     """
 
     def __init__(self, dim: int, drop_path: float = 0.0, layer_scale: float = 1e-6,
@@ -245,10 +253,10 @@ class Block(nn.Module):
 
 
 class Downsample(nn.Sequential):
-    """Between stages: half the resolution, another width. (b, c_in, h, w) -> (b, c, h / 2, w / 2)
+    """Halve the resolution between two stages. (b, dim_in, h, w) -> (b, dim, h / 2, w / 2)
 
-    ResNet has the stride inside a stage's first block; ConvNeXt, as Swin, gives it a layer of its
-    own, a 2x2 convolution. Without the norm before it training diverges (section 2.6).
+    ResNet does this inside the first block of a stage. ConvNeXt, like Swin, has a separate layer, a
+    2x2 convolution of stride 2. Without the norm before it, training diverges (section 2.6).
     """
 
     def __init__(self, dim_in: int, dim: int) -> None:
@@ -258,7 +266,9 @@ class Downsample(nn.Sequential):
 class Head(nn.Module):
     """Average over the positions, normalise, classify. (b, dim, h, w) -> (b, num_classes)
 
-    With `num_classes` 0 nothing is classified: (b, dim) normalised features.
+    The norm comes after the average, so it acts on the vector that is classified: the mean of
+    normalised vectors would no longer be normalised. With `num_classes` 0 the head returns the
+    normalised features, (b, dim).
     """
 
     def __init__(self, dim: int, num_classes: int) -> None:
@@ -271,9 +281,15 @@ class Head(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """Stages of blocks, four of them, each at half the resolution of the last (table 9).
+    """Stages of blocks, each at half the resolution of the stage before (table 9).
 
-    depths: blocks in each stage. dims: channels in each. The rest: see create_convnext.
+    depths, dims: the number of blocks and of channels in each stage. num_classes: 0 for features.
+    in_channels: of the image. patch_size: the stem's; 4 in the paper, 1 or 2 for small images.
+    drop_path: the chance to drop the branch of the last block, in [0, 1); it rises linearly from
+    0 at the first block. The paper trains Tiny with 0.1, Small with 0.4, Base and Large with 0.5
+    (table 5). layer_scale: initial γ, 0 for no LayerScale. grn: ConvNeXt V2. head_init_scale:
+    a factor on the classifier's initial weights. It is 0.001 in fine-tuning, since large gradients
+    from a new classifier would spoil pretrained features (table 6).
     """
 
     def __init__(
@@ -282,18 +298,18 @@ class ConvNeXt(nn.Module):
         layer_scale: float = 1e-6, grn: bool = False, head_init_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels
-        self.total_stride = patch_size * 2 ** (len(depths) - 1)  # the stem's, then 2 per stage
-        # What lowers the resolution before each stage: first the stem, then Downsamples.
+        if patch_size < 1:
+            raise ValueError(f"patch_size must be 1 or more, not {patch_size}")
+        # The authors' name for what comes before each stage: the stem, then the Downsamples.
         stem = nn.Sequential(Patchify(in_channels, dims[0], patch_size), LayerNorm2d(dims[0]))
         self.downsample_layers = nn.ModuleList(
-            [stem, *(Downsample(before, dim) for before, dim in pairwise(dims))])
-        # Early features feed all that follows, so the chance of a skip rises linearly with depth.
-        last = max(1, sum(depths) - 1)
-        rates = (drop_path * i / last for i in range(sum(depths)))
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dim, next(rates), layer_scale, grn) for _ in range(depth)))
-            for depth, dim in zip(depths, dims))
+            [stem, *(Downsample(dim_in, dim) for dim_in, dim in pairwise(dims))])
+        # Later blocks are dropped more often: all others build on the features of early ones.
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
+        self.stages = nn.ModuleList()
+        for depth, dim in zip(depths, dims, strict=True):
+            blocks = [Block(dim, rates.pop(0), layer_scale, grn) for _ in range(depth)]
+            self.stages.append(nn.Sequential(*blocks))
         self.head = Head(dims[-1], num_classes)
         self.apply(self._init_weights)
         if num_classes:
@@ -302,604 +318,634 @@ class ConvNeXt(nn.Module):
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
-        # The paper's table 5 prints 0.2; the authors' code, and all who follow it, use 0.02.
+        # Table 5 prints a standard deviation of 0.2; the authors' code and all others use 0.02.
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
 
-    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
-        """(b, c, h, w) -> each stage's map, [(b, dims[0], h / 4, w / 4), ... h / 32] at patch 4.
-
-        The inputs of a detection or segmentation head. Odd sizes are rounded down. Raises
-        ValueError for other channels or axes and for an image smaller than the total stride.
-        """
-        least = self.total_stride
-        if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < least:
-            raise ValueError(
-                f"images must be (b, {self.in_channels}, h, w) with h and w {least} or more "
-                f"(the total stride; a smaller patch_size lowers it), not {tuple(x.shape)}")
-        maps = []
-        for downsample, stage in zip(self.downsample_layers, self.stages):
-            x = stage(downsample(x))
-            maps.append(x)
-        return maps
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(b, c, h, w) -> the last stage's map, (b, dims[-1], h / 32, w / 32) at patch 4."""
-        return self.forward_pyramid(x)[-1]
-
     def forward(self, x: Tensor) -> Tensor:
-        """(b, c, h, w) -> (b, num_classes) logits, or (b, dims[-1]) features without classes."""
+        """(b, in_channels, h, w) -> (b, num_classes) logits, or (b, dims[-1]) features."""
         return self.head(self.forward_features(x))
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(b, in_channels, h, w) -> the last stage's map, (b, dims[-1], h / 32, w / 32).
 
-class GRN(nn.Module):
-    """ConvNeXt V2's one new part: global response normalisation. (b, h, w, dim) -> same
+        With smaller patches the map is larger: h / 16 at patch size 2. Odd sizes are rounded down.
+        Raises ValueError for a wrong number of axes or channels, and for an image that is smaller
+        than the total stride.
+        """
+        self._check(x)
+        for downsample, stage in zip(self.downsample_layers, self.stages):
+            x = stage(downsample(x))
+        return x
 
-        y = γ ⊙ (x · N) + β + x,   N[c] = ‖x[:, :, c]‖ / mean over k of ‖x[:, :, k]‖
+    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
+        """(b, in_channels, h, w) -> the map of every stage, at strides 4, 8, 16 and 32.
 
-    (V2, section 3.2.) After masked pre-training many channels of the wide layer answer alike. Here
-    they compete: one that answers more strongly than the rest, over the whole image, is raised.
-    V2's block is the one above with this after its GELU, and without LayerScale, which it makes
-    superfluous (V2's section 3.2). γ and β are 0 at first: the identity.
-    """
+        These are what a detection or segmentation head takes. Errors: see forward_features.
+        """
+        self._check(x)
+        maps = [x]
+        for downsample, stage in zip(self.downsample_layers, self.stages):
+            maps.append(stage(downsample(maps[-1])))
+        return maps[1:]
 
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(dim))  # one axis: no weight decay, as the authors'
-        self.beta = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # In float16 a 56x56 map full of 20s has an infinite sum of squares, and one of 1200s an
-        # infinite norm; in bfloat16 1 + 0.003 is 1. So all this is as wide as float32.
-        norm = torch.linalg.vector_norm(
-            x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        n = norm / (reduce(norm, "b 1 1 c -> b 1 1 1", "mean") + 1e-6)
-        return torch.addcmul(self.beta, x, 1 + self.gamma * n).to(self.beta.dtype)
+    def _check(self, x: Tensor) -> None:
+        # Ask the layers themselves, since a user may have replaced the stem.
+        convolutions = [m for m in self.downsample_layers.modules() if isinstance(m, nn.Conv2d)]
+        channels, stride = convolutions[0].in_channels, math.prod(m.stride[0] for m in convolutions)
+        if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < stride:
+            raise ValueError(
+                f"images must be (b, {channels}, h, w) with h and w {stride} or more (the total "
+                f"stride; a smaller patch_size lowers it), not {tuple(x.shape)}")
 
 
 class Variant(NamedTuple):
-    depths: tuple[int, ...]  # blocks in each stage
-    dims: tuple[int, ...]  # channels in each stage
+    depths: tuple[int, ...]  # blocks per stage
+    dims: tuple[int, ...]  # channels per stage
+    gflops: float  # as printed: multiply-accumulates in 1e9 at 224x224 and patch size 4
     grn: bool = False  # ConvNeXt V2
 
 
+# Stages have 1 : 1 : 3 : 1 blocks, like Swin-T's, or 1 : 1 : 9 : 1. ResNet-50 has (3, 4, 6, 3);
+# the change gained 0.54 points. Most blocks then run at 1/16 of the resolution, where objects are
+# still resolved and positions are few (section 2.2).
 VARIANTS = {
-    # the sizes below the paper's, from timm and from ConvNeXt V2
-    "atto": Variant((2, 2, 6, 2), (40, 80, 160, 320)),
-    "femto": Variant((2, 2, 6, 2), (48, 96, 192, 384)),
-    "pico": Variant((2, 2, 6, 2), (64, 128, 256, 512)),
-    "nano": Variant((2, 2, 8, 2), (80, 160, 320, 640)),
-    # the paper's: blocks 1 : 1 : 3 : 1, as in Swin-T, or 1 : 1 : 9 : 1 (section 2.2)
-    "tiny": Variant((3, 3, 9, 3), (96, 192, 384, 768)),
-    "small": Variant((3, 3, 27, 3), (96, 192, 384, 768)),
-    "base": Variant((3, 3, 27, 3), (128, 256, 512, 1024)),
-    "large": Variant((3, 3, 27, 3), (192, 384, 768, 1536)),
-    "xlarge": Variant((3, 3, 27, 3), (256, 512, 1024, 2048)),
-}
+    # Smaller than the paper's; from timm and from ConvNeXt V2.                parameters
+    "atto": Variant((2, 2, 6, 2), (40, 80, 160, 320), 0.55),               # 3.7M
+    "femto": Variant((2, 2, 6, 2), (48, 96, 192, 384), 0.78),              # 5.2M
+    "pico": Variant((2, 2, 6, 2), (64, 128, 256, 512), 1.37),              # 9.0M
+    "nano": Variant((2, 2, 8, 2), (80, 160, 320, 640), 2.45),              # 15.6M
+    # The paper's (section 3, table 1).
+    "tiny": Variant((3, 3, 9, 3), (96, 192, 384, 768), 4.5),               # 28.6M
+    "small": Variant((3, 3, 27, 3), (96, 192, 384, 768), 8.7),             # 50.2M
+    "base": Variant((3, 3, 27, 3), (128, 256, 512, 1024), 15.4),           # 88.6M
+    "large": Variant((3, 3, 27, 3), (192, 384, 768, 1536), 34.4),          # 197.8M
+    "xlarge": Variant((3, 3, 27, 3), (256, 512, 1024, 2048), 60.9),        # 350.2M
+}  # fmt: skip
+# GRN contains no matrix product, so V2 costs what V1 does. V2's paper prints 4.47 for Tiny.
 VARIANTS |= {f"v2_{name}": VARIANTS[name]._replace(grn=True)
              for name in ("atto", "femto", "pico", "nano", "tiny", "base", "large")}
-VARIANTS["v2_huge"] = Variant((3, 3, 27, 3), (352, 704, 1408, 2816), grn=True)
+VARIANTS["v2_huge"] = Variant((3, 3, 27, 3), (352, 704, 1408, 2816), 115, grn=True)
 
 
-def create_convnext(
-    variant: str, *, num_classes: int = 1000, in_channels: int = 3, patch_size: int = 4,
-    drop_path: float = 0.0, layer_scale: float | None = None, head_init_scale: float = 1.0,
-) -> ConvNeXt:
-    """A freshly initialised ConvNeXt, in training mode.
+def create_convnext(variant: str, *, layer_scale: float | None = None, **options: Any) -> ConvNeXt:
+    """Build one of the VARIANTS with initial weights, in training mode.
 
-    variant: a key of VARIANTS. num_classes: 0 for features. patch_size: the stem's; 1 or 2 for
-    small images. drop_path: the last block's chance of a skip, in [0, 1); the paper has 0.1 for
-    Tiny, 0.4 for Small, 0.5 for Base and Large (table 5). layer_scale: first γ, 0 for none; by
-    default 1e-6, and none in V2. head_init_scale: factor on the classifier's first weights; 0.001
-    in fine-tuning, where a new head's large gradients would spoil the pretrained features (table
-    6).
-
-    Raises ValueError, with what is allowed, for anything else.
+    options: the keyword arguments of ConvNeXt, except grn. layer_scale is 1e-6 by default in V1,
+    and V2 has none: GRN makes it superfluous. Raises ValueError for an unknown variant.
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
-    depths, dims, grn = VARIANTS[variant]
+    depths, dims, _, grn = VARIANTS[variant]
     if layer_scale is None:
         layer_scale = 0.0 if grn else 1e-6
-    for name, value, least in (("num_classes", num_classes, 0), ("in_channels", in_channels, 1),
-                               ("patch_size", patch_size, 1), ("layer_scale", layer_scale, 0)):
-        if not value >= least:  # nan is not, either
-            raise ValueError(f"{name} must be {least} or more, not {value}")
-    if not 0 <= drop_path < 1:
-        raise ValueError(f"drop_path must be at least 0 and below 1, not {drop_path}")
-    return ConvNeXt(
-        depths, dims, num_classes=num_classes, in_channels=in_channels, patch_size=patch_size,
-        drop_path=drop_path, layer_scale=layer_scale, grn=grn, head_init_scale=head_init_scale)
+    return ConvNeXt(depths, dims, layer_scale=layer_scale, grn=grn, **options)
+
+
+# The network ends here. What follows measures it.
 
 
 def count_macs(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
-    """Multiply-accumulates in the convolutions and linear layers for one square image.
+    """Count the multiply-accumulates of convolutions and linear layers for one square image.
 
-    The papers call them FLOPs. They are counted as an image runs through the model, which may be
-    on the meta device, where tensors have a shape and nothing else.
+    The papers call them FLOPs. The model can be on the meta device, which needs no memory.
     """
     device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, in_channels, image_size, image_size, device=device))
-    return counter.get_total_flops() // 2  # PyTorch counts the multiplication and the addition
+    return counter.get_total_flops() // 2  # PyTorch counts multiplications and additions
 
 
-# GFLOPs at 224x224 as printed in the paper's table 1 and, for V2 and the four small ones, in V2's:
-# GRN multiplies by no matrix, so V2 costs what V1 does.
-PUBLISHED_GFLOPS = dict(zip(VARIANTS, (
-    0.55, 0.78, 1.37, 2.45, 4.5, 8.7, 15.4, 34.4, 60.9,
-    0.55, 0.78, 1.37, 2.45, 4.47, 15.4, 34.4, 115)))
-
-
-def table() -> Iterator[str]:
-    """A line for each variant: shape, parameters and GMACs at 224x224, counted and published."""
-    yield (f"{'variant':8} {'depths':14} {'dims':24} {'parameters':>11} {'GMACs':>7} "
-           f"{'published':>9}")
-    for name, (depths, dims, _) in VARIANTS.items():
+def variant_table() -> Iterator[str]:
+    """Yield a line per variant: shape, parameters, and the cost as counted and as published."""
+    yield f"{'variant':8} {'depths':14} {'dims':24} {'parameters':>11} {'GMACs':>7} {'printed':>7}"
+    for name, (depths, dims, gflops, _) in VARIANTS.items():
         with torch.device("meta"):
             model = create_convnext(name)
-        parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model, 224)
-        yield (f"{name:8} {depths!s:14} {dims!s:24} {parameters:11,} {macs / 1e9:7.3f} "
-               f"{PUBLISHED_GFLOPS[name]:9}")
+        size, macs = sum(p.numel() for p in model.parameters()), count_macs(model, 224)
+        yield f"{name:8} {depths!s:14} {dims!s:24} {size:11,} {macs / 1e9:7.3f} {gflops:7}"
 
 
-# --- Checkpoints: every layout in, every layout out ---------------------------------------------
-#
-# The same network is stored under four other sets of names. In the tables our names are on the
-# left, the layout's on the right; {s} is the stage, 0 to 3, {b} the block in it, and * stands for
-# weight and bias. The first row that fits a name applies. What has other shapes, too, is in SHAPES.
+# --- Part 2. The road: how the paper gets here from a ResNet-50 (section 2, table 10) -------------
 
-META = {  # the authors': https://github.com/facebookresearch/ConvNeXt and ConvNeXt-V2
-    "downsample_layers.{s}.0.*":         "downsample_layers.{s}.0.*",
-    "downsample_layers.{s}.1.*":         "downsample_layers.{s}.1.*",
-    "stages.{s}.{b}.dwconv.*":           "stages.{s}.{b}.dwconv.*",
-    "stages.{s}.{b}.norm.*":             "stages.{s}.{b}.norm.*",
-    "stages.{s}.{b}.mlp.pwconv1.*":      "stages.{s}.{b}.pwconv1.*",
-    "stages.{s}.{b}.mlp.grn.gamma":      "stages.{s}.{b}.grn.gamma",
-    "stages.{s}.{b}.mlp.grn.beta":       "stages.{s}.{b}.grn.beta",
-    "stages.{s}.{b}.mlp.pwconv2.*":      "stages.{s}.{b}.pwconv2.*",
-    "stages.{s}.{b}.layer_scale.gamma":  "stages.{s}.{b}.gamma",
-    "head.norm.*":                       "norm.*",
-    "head.fc.*":                         "head.*",
-}  # fmt: skip
-TIMM = {  # https://github.com/huggingface/pytorch-image-models
-    "downsample_layers.0.0.*":           "stem.0.*",
-    "downsample_layers.0.1.*":           "stem.1.*",
-    "downsample_layers.{s}.0.*":         "stages.{s}.downsample.0.*",
-    "downsample_layers.{s}.1.*":         "stages.{s}.downsample.1.*",
-    "stages.{s}.{b}.dwconv.*":           "stages.{s}.blocks.{b}.conv_dw.*",
-    "stages.{s}.{b}.norm.*":             "stages.{s}.blocks.{b}.norm.*",
-    "stages.{s}.{b}.mlp.pwconv1.*":      "stages.{s}.blocks.{b}.mlp.fc1.*",
-    "stages.{s}.{b}.mlp.grn.gamma":      "stages.{s}.blocks.{b}.mlp.grn.weight",
-    "stages.{s}.{b}.mlp.grn.beta":       "stages.{s}.blocks.{b}.mlp.grn.bias",
-    "stages.{s}.{b}.mlp.pwconv2.*":      "stages.{s}.blocks.{b}.mlp.fc2.*",
-    "stages.{s}.{b}.layer_scale.gamma":  "stages.{s}.blocks.{b}.gamma",
-    "head.norm.*":                       "head.norm.*",
-    "head.fc.*":                         "head.fc.*",
-}  # fmt: skip
-TORCHVISION = {  # V1 alone. The gaps in block's numbers are layers without parameters.
-    "downsample_layers.0.0.*":           "features.0.0.*",
-    "downsample_layers.0.1.*":           "features.0.1.*",
-    "downsample_layers.{s}.0.*":         "features.{2s}.0.*",
-    "downsample_layers.{s}.1.*":         "features.{2s}.1.*",
-    "stages.{s}.{b}.dwconv.*":           "features.{2s+1}.{b}.block.0.*",
-    "stages.{s}.{b}.norm.*":             "features.{2s+1}.{b}.block.2.*",
-    "stages.{s}.{b}.mlp.pwconv1.*":      "features.{2s+1}.{b}.block.3.*",
-    "stages.{s}.{b}.mlp.pwconv2.*":      "features.{2s+1}.{b}.block.5.*",
-    "stages.{s}.{b}.layer_scale.gamma":  "features.{2s+1}.{b}.layer_scale",
-    "head.norm.*":                       "classifier.0.*",
-    "head.fc.*":                         "classifier.2.*",
-}  # fmt: skip
-HUGGINGFACE = {  # transformers' base model; in one with a classifier "convnext." comes before
-    "downsample_layers.0.0.*":           "embeddings.patch_embeddings.*",
-    "downsample_layers.0.1.*":           "embeddings.layernorm.*",
-    "downsample_layers.{s}.0.*":         "encoder.stages.{s}.downsampling_layer.0.*",
-    "downsample_layers.{s}.1.*":         "encoder.stages.{s}.downsampling_layer.1.*",
-    "stages.{s}.{b}.dwconv.*":           "encoder.stages.{s}.layers.{b}.dwconv.*",
-    "stages.{s}.{b}.norm.*":             "encoder.stages.{s}.layers.{b}.layernorm.*",
-    "stages.{s}.{b}.mlp.pwconv1.*":      "encoder.stages.{s}.layers.{b}.pwconv1.*",
-    "stages.{s}.{b}.mlp.grn.gamma":      "encoder.stages.{s}.layers.{b}.grn.weight",
-    "stages.{s}.{b}.mlp.grn.beta":       "encoder.stages.{s}.layers.{b}.grn.bias",
-    "stages.{s}.{b}.mlp.pwconv2.*":      "encoder.stages.{s}.layers.{b}.pwconv2.*",
-    "stages.{s}.{b}.layer_scale.gamma":  "encoder.stages.{s}.layers.{b}.layer_scale_parameter",
-    "head.norm.*":                       "layernorm.*",
-    "head.fc.*":                         "classifier.*",
-}  # fmt: skip
-LAYOUTS = {"ours": {}, "meta": META, "timm": TIMM, "torchvision": TORCHVISION,
-           "huggingface": HUGGINGFACE}
 
-# Where a layout's shapes are others than ours, too: by the end of the name, from ours to theirs.
-SHAPES = {
-    "meta": {".grn.gamma": "c -> 1 1 1 c", ".grn.beta": "c -> 1 1 1 c"},
-    "timm": {".fc1.weight": "o i -> o i 1 1", ".fc2.weight": "o i -> o i 1 1"},  # if under 96 wide
-    "torchvision": {".layer_scale": "c -> c 1 1"},
-    "huggingface": {".grn.weight": "c -> 1 1 1 c", ".grn.bias": "c -> 1 1 1 c"},
+class Design(NamedTuple):
+    """Everything that the paper changes on the way. The defaults are ResNet-50."""
+
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    patchify: bool = False  # the stem: 4x4 patches instead of a strided 7x7 and a max-pool
+    depthwise: bool = False  # the kxk convolution has one filter per channel
+    width: int = 64  # of the first stage; it doubles from stage to stage
+    inverted: bool = False  # blocks are narrow - wide - narrow, not wide - narrow - wide
+    depthwise_first: bool = False  # the kxk convolution is the first layer, not the second
+    kernel_size: int = 3  # k
+    act: type[nn.Module] = nn.ReLU
+    one_act: bool = False  # a block has one activation, not three
+    one_norm: bool = False  # a block has one norm, not three
+    norm: type[nn.Module] = nn.BatchNorm2d
+    separate_downsampling: bool = False  # layers between the stages halve the resolution
+
+
+class Step(NamedTuple):
+    name: str
+    change: dict[str, Any]  # fields of Design; all else stays what it was in the step before
+    top1: float  # ImageNet accuracy in %, table 10: means of three trainings of 300 epochs
+    gflops: float  # multiply-accumulates in 1e9 at 224x224, as table 10 prints them
+
+
+ROADMAP = (
+    # ResNet-50 with the recipe of its own time has 76.13; the new one is the largest step of all.
+    Step("ResNet-50, new recipe", {}, 78.82, 4.09),
+    Step("stage ratio", {"depths": (3, 3, 9, 3)}, 79.36, 4.53),
+    Step("patchify stem", {"patchify": True}, 79.51, 4.42),
+    Step("depthwise conv", {"depthwise": True}, 78.28, 2.35),
+    Step("width 64 to 96", {"width": 96}, 80.50, 5.27),
+    Step("inverted bottleneck", {"inverted": True}, 80.64, 4.64),
+    Step("depthwise conv first", {"depthwise_first": True}, 79.92, 4.07),
+    Step("kernel 5x5", {"kernel_size": 5}, 80.35, 4.10),
+    Step("kernel 7x7", {"kernel_size": 7}, 80.57, 4.15),
+    Step("kernel 9x9", {"kernel_size": 9}, 80.57, 4.21),
+    Step("kernel 11x11", {"kernel_size": 11}, 80.47, 4.29),  # no gain: the next step returns to 7
+    Step("GELU, kernel 7x7", {"kernel_size": 7, "act": nn.GELU}, 80.62, 4.15),
+    Step("one activation", {"one_act": True}, 81.27, 4.15),
+    Step("one norm", {"one_norm": True}, 81.41, 4.15),
+    # The last two costs are printed inconsistently: LayerNorm costs what BatchNorm does, 4.15 (as
+    # in the paper's table 11), and 4.46 is the count of the step after it, ConvNeXt-Tiny.
+    Step("LayerNorm", {"norm": LayerNorm2d}, 81.47, 4.46),
+    Step("separate downsampling", {"separate_downsampling": True}, 81.97, 4.49),
+)
+
+
+class RoadmapBlock(nn.Module):
+    """A block between ResNet's and ConvNeXt's. (b, dim_in, h, w) -> (b, dim, h / stride, ...)
+
+    width: of the stage. dim, the number of output channels, is 4·width in ResNet's block.
+    """
+
+    def __init__(self, design: Design, dim_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        d, k = design, design.kernel_size
+        middle, self.dim = (4 * width, width) if d.inverted else (width, 4 * width)
+        act = nn.Identity if d.one_act else d.act  # those that "one activation" removes
+
+        def conv(c_in: int, c_out: int, size: int = 1, stride: int = 1, groups: int = 1,
+                 norm: bool = True) -> list[nn.Module]:
+            bias = not norm or d.norm is not nn.BatchNorm2d  # BatchNorm subtracts any bias
+            layer = nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=bias)
+            return [layer, d.norm(c_out)] if norm else [layer]
+
+        if d.depthwise_first:  # kxk - wide - narrow
+            layers = [*conv(dim_in, dim_in, k, stride, groups=dim_in), act(),
+                      *conv(dim_in, middle, norm=not d.one_norm), d.act(),
+                      *conv(middle, self.dim, norm=not d.one_norm)]
+        else:  # 1x1 - kxk - 1x1
+            groups = middle if d.depthwise else 1
+            layers = [*conv(dim_in, middle), act(),
+                      *conv(middle, middle, k, stride, groups), d.act(),
+                      *conv(middle, self.dim)]
+        self.branch = nn.Sequential(*layers)
+        same = (dim_in, stride) == (self.dim, 1)
+        self.shortcut = nn.Sequential(*([] if same else conv(dim_in, self.dim, stride=stride)))
+        self.act = act()
+        # The paper does not say in which steps LayerScale was there; ConvNeXt has it.
+        self.layer_scale = LayerScale(self.dim) if d.separate_downsampling else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer_scale(rearrange(self.branch(x), "b c h w -> b h w c"))
+        return self.act(self.shortcut(x) + rearrange(y, "b h w c -> b c h w"))
+
+
+def roadmap_network(design: Design, num_classes: int = 1000) -> nn.Sequential:
+    """Build any network of the road, with PyTorch's initialisation. (b, 3, h, w) -> (b, classes)"""
+    d, dim = design, design.width
+    if d.patchify:  # the paper names no norm here before the last step, so this one is a guess
+        layers: list[nn.Module] = [Patchify(3, dim), d.norm(dim)]
+    else:
+        layers = [nn.Conv2d(3, dim, 7, stride=2, padding=3, bias=False), d.norm(dim), d.act(),
+                  nn.MaxPool2d(3, stride=2, padding=1)]
+    for stage, depth in enumerate(d.depths):
+        width, stride = d.width * 2**stage, 2 if stage else 1
+        if stage and d.separate_downsampling:
+            layers.append(Downsample(dim, width))
+            dim, stride = width, 1
+        for _ in range(depth):
+            layers.append(RoadmapBlock(d, dim, width, stride))
+            dim, stride = layers[-1].dim, 1
+    head = Head(dim, num_classes)
+    if not d.separate_downsampling:
+        head.norm = nn.Identity()  # the head's norm came with the last step
+    return nn.Sequential(*layers, head)
+
+
+def roadmap() -> Iterator[tuple[Step, Design]]:
+    """Yield each step of the road with the whole design that it arrives at."""
+    design = Design()
+    for step in ROADMAP:
+        design = design._replace(**step.change)
+        yield step, design
+
+
+def road_table() -> Iterator[str]:
+    """Yield a line per step: accuracy and cost as printed, and the cost as counted here."""
+    yield f"{'step':24} {'top-1, %':>8} {'gain':>6} {'GFLOPs':>7} {'counted':>8}"
+    before = 76.13
+    for step, design in roadmap():
+        with torch.device("meta"):
+            macs = count_macs(roadmap_network(design), 224)
+        counted = f"{macs / 1e9:.2f}"
+        mark = "" if counted == f"{step.gflops:.2f}" else "  misprinted"
+        yield (f"{step.name:24} {step.top1:8.2f} {step.top1 - before:+6.2f} {step.gflops:7.2f} "
+               f"{counted:>8}{mark}")
+        before = step.top1
+
+
+# --- Part 3. Weights: the checkpoints of other libraries, in and out ------------------------------
+
+# The authors (Meta), timm, torchvision and Hugging Face's transformers store the same network under
+# different names. S is the stage from 0 to 3, B the block in it. A row that begins with a dot
+# continues "stages.S.B". "=" is the name in the first column, and "-" does not exist.
+LAYOUTS = ("native", "meta", "timm", "torchvision", "huggingface")
+NAMES = """
+downsample_layers.0.0 =      stem.0              features.0.0  embeddings.patch_embeddings
+downsample_layers.0.1 =      stem.1              features.0.1  embeddings.layernorm
+downsample_layers.S   =      stages.S.downsample features.2S   encoder.stages.S.downsampling_layer
+head.norm             norm   head.norm           classifier.0  layernorm
+head.fc               head   head.fc             classifier.2  classifier
+stages.S.B            =           stages.S.blocks.B  features.2S+1.B  encoder.stages.S.layers.B
+.dwconv               =           .conv_dw           .block.0         .dwconv
+.norm                 =           .norm              .block.2         .layernorm
+.mlp.pwconv1          .pwconv1    .mlp.fc1           .block.3         .pwconv1
+.mlp.grn.gamma        .grn.gamma  .mlp.grn.weight    -                .grn.weight
+.mlp.grn.beta         .grn.beta   .mlp.grn.bias      -                .grn.bias
+.mlp.pwconv2          .pwconv2    .mlp.fc2           .block.5         .pwconv2
+.layer_scale.gamma    .gamma      .gamma             .layer_scale     .layer_scale_parameter
+"""
+SHAPES = {  # the parameters with a different shape, by a part of their native name
+    "meta": {".grn.": "c -> 1 1 1 c"},
+    "timm": {".pwconv1.weight": "o i -> o i 1 1", ".pwconv2.weight": "o i -> o i 1 1"},
+    "torchvision": {".gamma": "c -> c 1 1"},
+    "huggingface": {".grn.": "c -> 1 1 1 c"},
 }
 
 
 @cache
-def names(layout: str) -> Mapping[str, str]:
-    """Every name that a parameter can have: ours -> the layout's.
+def name_map(layout: str) -> Mapping[str, str]:
+    """Map native names to the layout's: all parameters of four stages of up to 40 blocks each."""
+    names, column, stages = {}, LAYOUTS.index(layout), ("", "")
+    ends = ("", ".weight", ".bias", ".0.weight", ".0.bias", ".1.weight", ".1.bias")
+    for row in map(str.split, NAMES.strip().splitlines()):
+        pair = row[0], row[0] if row[column] == "=" else row[column]
+        if row[0].startswith("."):
+            pair = stages[0] + pair[0], stages[1] + pair[1]
+        elif row[0] == "stages.S.B":
+            stages = pair
+        for s, b, end in product(range(4), range(40), ends):
+            native, name = (
+                text.replace("2S+1", f"{2 * s + 1}").replace("2S", f"{2 * s}")
+                .replace("S", f"{s}").replace("B", f"{b}") + end for text in pair)
+            names.setdefault(native, name)  # the stem's rows come first
+    return names
 
-    For four stages of up to 40 blocks, more than any variant has; so no depths need be known.
-    """
-    found: dict[str, str] = {}
-    for row in LAYOUTS[layout].items():
-        for s, b, kind in product(range(4), range(40), ("weight", "bias")):
-            numbers = {"s": s, "2s": 2 * s, "2s+1": 2 * s + 1, "b": b}
-            ours, theirs = (name.format_map(numbers).replace("*", kind) for name in row)
-            found.setdefault(ours, theirs)
-    return found
+
+def unwrapped(model: nn.Module) -> ConvNeXt:
+    """Return the ConvNeXt inside of torch.compile, DataParallel or AveragedModel."""
+    inner: Any = model
+    while not isinstance(inner, ConvNeXt):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None:
+            raise TypeError(f"expected a ConvNeXt, not a {type(model).__name__}")
+    return inner
 
 
-def export_state_dict(model: ConvNeXt, layout: str) -> dict[str, Tensor]:
-    """The model's state dict as "meta", "timm", "torchvision", "huggingface" or "ours" has it.
+def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
+    """Return the state dict, which shares the model's memory, in one of the LAYOUTS.
 
-    The tensors share the model's memory. Without classes, Hugging Face's is that of the base model.
-    Raises ValueError for another layout or network, and where torchvision has none: for V2, and
-    without LayerScale.
+    Without classes, the huggingface layout is that of the base model. Raises ValueError for an
+    unknown layout or parameter, and for torchvision where it has no such network.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
-    state = model.state_dict()
-    if layout == "ours":
-        return state
+    state, names, shapes, exported = (
+        unwrapped(model).state_dict(), name_map(layout), SHAPES.get(layout, {}), {})
     v2 = "stages.0.0.mlp.grn.gamma" in state
     if layout == "torchvision" and (v2 or "stages.0.0.layer_scale.gamma" not in state):
         raise ValueError(f"torchvision has no ConvNeXt {'V2' if v2 else 'without LayerScale'}")
-    theirs, shapes, exported = names(layout), SHAPES[layout], {}
-    if layout == "timm" and model.downsample_layers[0][0].out_channels >= 96:
+    if layout == "timm" and len(state["stages.0.0.norm.weight"]) >= 96:
         shapes = {}  # only atto, femto, pico and nano have 1x1 convolutions there
-    for ours, tensor in state.items():
-        if ours not in theirs:
-            raise ValueError(f"{ours} has no name in the layout {layout!r}; a model wrapped by "
-                             "torch.compile or DataParallel has to be unwrapped first")
-        name = theirs[ours]
-        for ending, pattern in shapes.items():
-            if name.endswith(ending):
-                tensor = rearrange(tensor, pattern)
+    for native, tensor in state.items():
+        if native not in names:
+            raise ValueError(f"{native} has no name in the layout {layout!r}")
+        name = names[native]
         if layout == "huggingface" and "head.fc.weight" in state and "classifier" not in name:
-            name = ("convnextv2." if v2 else "convnext.") + name
-        exported[name] = tensor
+            name = f"convnext{'v2' * v2}.{name}"
+        pattern = next((pattern for part, pattern in shapes.items() if part in native), None)
+        exported[name] = rearrange(tensor, pattern) if pattern else tensor
     return exported
 
 
-def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Of names, types, shapes and values: in .safetensors files, which have none of their own."""
-    digest = hashlib.sha256()
-    for name, text in sorted(metadata.items()):
-        if name != "checksum":
-            digest.update(f"{name} {text}\n".encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
-    """Content and metadata of a .safetensors, .pt or .pth file, if nothing in it is damaged.
+    """Read content and metadata of a .safetensors, .pt, .pth or .bin file, on the CPU.
 
-    Never runs anything that a file brings along. Raises FileNotFoundError, ValueError, or
-    ModuleNotFoundError without safetensors.
+    Pickles are read with torch.load(weights_only=True), so no code inside a file ever runs. Raises
+    FileNotFoundError, or ValueError with the path and the reader's reason.
     """
     try:
         if str(path).endswith(".safetensors"):
-            from safetensors import safe_open
-
             with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if (given := metadata.get("checksum")) and given != checksum(content, metadata):
-                raise ValueError("the checksum differs")
-            return content, metadata
-        if zipfile.is_zipfile(path):  # as torch.save writes it, with checksums torch.load ignores
+                return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        if zipfile.is_zipfile(path):  # torch.load ignores the checksums
             with zipfile.ZipFile(path) as archive:
                 if (member := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of {member} differs")
-        # weights_only: an ordinary pickle can run any program as it is opened. Beside plain data
-        # the authors' training program stores its arguments, a Namespace, which can not.
+                    raise ValueError(f"it is damaged: the checksum of {member} differs")
+        # The authors' program also stores its arguments, a Namespace, which is plain data.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # on the way to an error, about the pickle's version
+            warnings.simplefilter("ignore")  # about TorchScript and old pickles, before the error
             content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, Mapping):
-            raise TypeError("not a mapping")
+            raise TypeError(f"it holds a {type(content).__name__}, not a state dict")
         return content, {}
-    except (FileNotFoundError, ModuleNotFoundError):
+    except FileNotFoundError:
         raise
-    except Exception as error:  # a damaged file can make the readers raise anything
-        raise ValueError(f"{path} is not a readable file of tensors and plain data, or it is "
-                         "damaged") from error
-
-
-SETTINGS = {"args", "classes", "mean", "std"}  # what train.py notes in its files
-
-
-def settings_of(content: Mapping, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """SETTINGS, and more, of a file that train.py wrote; of another file {}."""
-    if metadata.keys() >= SETTINGS:
-        return {k: json.loads(text) for k, text in metadata.items() if k != "checksum"}
-    if content.keys() >= SETTINGS | {"model"} and isinstance(content["args"], dict):
-        return {name: content[name] for name in SETTINGS}
-    return {}
+    except Exception as error:  # a damaged file makes the readers raise anything
+        # torch.load puts its reason into the middle of advice to load the file without safety.
+        reason = re.search(r"WeightsUnpickler error: *(.*)", str(error)) or [0, str(error).strip()]
+        raise ValueError(f"cannot read {path}: {reason[1].partition(chr(10))[0]}") from error
 
 
 DOWNLOADS = ("timm:", "hf:", "https:")
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def download(source: str) -> tuple[Mapping, dict[str, Any]]:
+    """Fetch timm:NAME, hf:REPO or an https address; return its content and timm's settings.
 
-
-def download(source: str) -> tuple[str, dict[str, Any]]:
-    """timm:NAME, hf:REPO or an https address -> its file's path, and the settings timm has for it.
-
-    The file goes where its library keeps such files, and is fetched only once. Raises ValueError
-    for a name that cannot be, ConnectionError for what cannot be fetched.
+    The settings are mean, std, img_size and crop_pct; {} unless the source is timm's. The libraries
+    keep what they fetched, and raise errors of their own.
     """
     kind, _, name = source.partition(":")
-    settings: dict[str, Any] = {}
+    if kind == "timm":
+        import timm
+
+        model = timm.create_model(name, pretrained=True)
+        config = model.pretrained_cfg
+        crop_pct = None if config["crop_mode"] == "squash" else config["crop_pct"]
+        return model.state_dict(), {"mean": list(config["mean"]), "std": list(config["std"]),
+                                    "img_size": config["input_size"][-1], "crop_pct": crop_pct}
+    if kind == "https":
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]  # two addresses can end alike
+        return torch.hub.load_state_dict_from_url(
+            source, map_location="cpu", weights_only=True,
+            file_name=f"{digest}-{Path(urlparse(source).path).name}"), {}
+    from huggingface_hub import errors, hf_hub_download
+
     try:
-        if kind == "https":
-            # Two addresses may end alike; torchvision's names have the beginning of a hash.
-            prefix = hashlib.sha256(name.encode()).hexdigest()[:8]
-            folder = Path(torch.hub.get_dir(), "checkpoints")
-            path = folder / f"{prefix}-{Path(urlparse(source).path).name}"
-            begins = re.search(r"download\.pytorch\.org/.*-([0-9a-f]{8})\.", source)
-            if not path.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(source, str(path), begins and begins[1])
-            return str(path), settings
-        if kind == "timm":
-            import timm
-
-            config = timm.models.get_pretrained_cfg(name)
-            if not config or not config.hf_hub_id:
-                raise ValueError("timm has no pretrained weights of that name")
-            name, settings = config.hf_hub_id, {
-                "mean": list(config.mean), "std": list(config.std),
-                "img_size": config.input_size[-1],
-                "crop_pct": None if config.crop_mode == "squash" else config.crop_pct}
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-        try:
-            return hf_hub_download(name, "model.safetensors"), settings
-        except LocalEntryNotFoundError:  # there is no connection
-            raise
-        except EntryNotFoundError:
-            return hf_hub_download(name, "pytorch_model.bin"), settings
-    except Exception as error:  # each client has its own
-        wrong_name = isinstance(error, ValueError | RuntimeError)
-        reason = first_line(error).rstrip(".")
-        raise (ValueError if wrong_name else ConnectionError)(f"{source}: {reason}") from error
-
-
-# What training programs put around a state dict, and before its names. Where there is an average
-# of the weights it is taken, as timm does: its accuracy is the published one.
-WRAPPERS = ("ema", "model_ema", "state_dict_ema", "model", "state_dict")
-PREFIXES = re.compile(r"((module|_orig_mod|model|net|backbone|convnext|convnextv2)\.)*")
-
-
-def unwrap(content: Mapping) -> dict[str, Any]:
-    """What a training program saved -> the state dict in it, without prefixes."""
-    while wrapper := next((k for k in WRAPPERS if isinstance(content.get(k), Mapping)), None):
-        content = content[wrapper]
-    state: dict[str, Any] = {}
-    for name, value in content.items():
-        plain = PREFIXES.sub("", str(name), count=1)
-        if plain in state:
-            raise ValueError(f"these weights have {plain} twice")
-        if plain != "n_averaged":  # AveragedModel's counter
-            state[plain] = value
-    return state
-
-
-OTHER_NETWORKS = {  # a parameter that a relative has -> why it does not fit
-    "stem.2.weight": "timm's `_ols`: its stem is two overlapping convolutions",
-    "norm_pre.weight": "timm's `_hnf`: its head normalises before it averages",
-    "head.pre_logits.fc.weight": "timm's `_mlp`: its head has a hidden layer",
-    "blocks.0.dwconv.weight": "an isotropic ConvNeXt: it has one resolution, and no stages",
-    "mask_token": "FCMAE's encoder and decoder: only encoders saved for fine-tuning are ConvNeXts",
-}
+        return read_file(hf_hub_download(name, "model.safetensors"))[0], {}
+    except errors.EntryNotFoundError:
+        return read_file(hf_hub_download(name, "pytorch_model.bin"))[0], {}
 
 
 class Weights(NamedTuple):
-    """A checkpoint in our terms."""
+    """A checkpoint with native names and shapes."""
 
-    tensors: dict[str, Tensor]  # by our names, in our shapes
+    tensors: dict[str, Tensor]
     layout: str
-    left_out: list[str]  # entries that are no parameters
-    settings: dict[str, Any]  # train.py's SETTINGS, or timm's mean, std, img_size, crop_pct
+    settings: dict[str, Any]  # see download
 
 
 def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
-    """A checkpoint of any layout, with our names; see load_weights for what a source can be.
+    """Read the weights of a ConvNeXt from a checkpoint in any layout. source: see load_weights.
 
-    Raises ValueError for anything but a ConvNeXt's weights, and what read_file, download raise.
+    Training programs nest a state dict (`model`, `state_dict`, ...) and put prefixes before its
+    names (`module.`, `backbone.`, ...). What stands before the name of one certain parameter is cut
+    off everywhere, and what does not begin with it is not part of the network. Of several networks
+    an average of the weights ("ema") is taken, like timm does. Raises ValueError for anything but a
+    ConvNeXt, and what read_file and download raise.
     """
     if isinstance(source, Weights):
         return source
     content, settings = source, {}
-    if isinstance(source, str | PathLike):
-        path = source
-        if str(source).startswith(DOWNLOADS):
-            path, settings = download(str(source))
-        content, metadata = read_file(path)
-        settings |= settings_of(content, metadata)
+    if isinstance(source, str) and source.startswith(DOWNLOADS):
+        content, settings = download(source)
+    elif isinstance(source, str | PathLike):
+        content, _ = read_file(source)
     if not isinstance(content, Mapping):
         raise TypeError(f"weights are a state dict or a file, not a {type(content).__name__}")
-    given = unwrap(content)
-    for name, network in OTHER_NETWORKS.items():
-        if name in given:
-            raise ValueError(f"these are the weights of {network}")
-    first = "stages.0.0.mlp.pwconv1.weight"  # has another name in each layout
-    layout = next((one for one in LAYOUTS if names(one).get(first, first) in given), None)
-    if layout is None:
-        raise ValueError(f"these are no weights of a ConvNeXt ({', '.join([*given][:3])}, ...)")
-    if layout == "timm" and "stem.1.bias" not in given:
-        raise ValueError("these are the weights of timm's `_rms`: its norms have no bias")
-    ours, tensors, left_out = {there: here for here, there in names(layout).items()}, {}, []
-    for name, tensor in given.items():
-        name = ours.get(name, name)
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            left_out.append(name)
-        elif name.endswith(("gamma", "beta")) and tensor.numel() == max(tensor.shape, default=0):
-            tensors[name] = tensor.flatten()
-        elif ".pwconv" in name and tensor.shape[2:] == (1, 1):
-            tensors[name] = rearrange(tensor, "o i 1 1 -> o i")
-        else:
-            tensors[name] = tensor
-    return Weights(tensors, layout, left_out, settings)
+
+    def flatten(mapping: Mapping, path: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in mapping.items():
+            if isinstance(value, Mapping):
+                yield from flatten(value, f"{path}{name}.")
+            yield f"{path}{name}", value
+
+    values, found = dict(flatten(content)), {}
+    for layout in LAYOUTS:
+        marker = name_map(layout)["stages.0.0.mlp.pwconv1.weight"]  # differs in each
+        found |= {name.removesuffix(marker): layout for name in values
+                  if f".{name}".endswith(f".{marker}")}
+    averages = [prefix for prefix in found if re.search(r"(?<![a-z])ema(?![a-z])", prefix)]
+    prefixes = averages or [*found]
+    if len(prefixes) != 1:
+        raise ValueError(f"these are several networks, {', '.join(prefixes)}: pass one of them"
+                         if found else f"these are no weights of a ConvNeXt ({[*values][:3]}, ...)")
+    prefix, layout = prefixes[0], found[prefixes[0]]
+    # In Hugging Face's layout only the backbone's names have this prefix, the classifier's do not.
+    prefix = re.sub(r"convnext(v2)?\.$", "", prefix)
+    native_names, tensors = {name: native for native, name in name_map(layout).items()}, {}
+    for name, tensor in values.items():
+        if name.startswith(prefix) and isinstance(tensor, Tensor) and tensor.is_floating_point():
+            name = re.sub(r"^convnext(v2)?\.", "", name.removeprefix(prefix))
+            native = native_names.get(name, name)
+            if native.endswith(("gamma", "beta")):
+                tensor = tensor.flatten()
+            elif "pwconv" in native and tensor.shape[2:] == (1, 1):
+                tensor = rearrange(tensor, "o i 1 1 -> o i")
+            tensors[native] = tensor
+    return Weights(tensors, layout, settings)
 
 
 class Report(NamedTuple):
-    """What load_weights did, by our names."""
+    """What load_weights did, with native names."""
 
-    layout: str
     loaded: list[str]
     kept: list[str]  # parameters that stayed as they were in the model, and why
-    left_out: list[str]  # entries of the source that the model has no place for
-
-    def __str__(self) -> str:
-        total = len(self.loaded) + len(self.kept)
-        text = f"{len(self.loaded)} of {total} parameters loaded, from the layout {self.layout!r}"
-        if self.kept:
-            text += f"; kept as they were: {', '.join(self.kept)}"
-        if self.left_out:
-            text += f"; left out: {', '.join(self.left_out)}"
-        return text
+    left_out: list[str]  # tensors of the source that the model has no place for
 
 
-def load_weights(model: ConvNeXt, source: Weights | Mapping | str | PathLike,
+def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
                  strict: bool = False) -> Report:
-    """Copy weights into the model: all of them but for a stem or a head that does not fit, or none.
+    """Copy weights into the model, in place.
 
-    source: a state dict, or the path of a .safetensors, .pt, .pth or .bin file that holds one, an
-    https address of such a file, `timm:NAME`, `hf:REPO`, or what read_weights returned; in the
-    layout of Meta, timm, torchvision, Hugging Face or this file. The model keeps its classifier if
-    the source has another number of classes or none, and its stem if the patches or channels
-    differ, unless `strict`; it keeps its last norm if the source has no head at all (a backbone).
-    A warning then says so.
+    source: a state dict, the path of a .safetensors, .pt, .pth or .bin file, the https address of
+    a .pt or .pth file, timm:NAME, hf:REPO, or what read_weights returned; in any of the LAYOUTS.
 
-    Raises ValueError for weights that cannot be read, or of another network; FileNotFoundError for
-    a missing file and ConnectionError for one that cannot be fetched. The model is then unchanged.
+    The model keeps its classifier if the source has none or one for another number of classes, its
+    stem if the source's has other patches or channels (neither if `strict`), and its last norm if
+    the source has no head at all; a warning says so. If anything else does not fit, ValueError
+    names it and the model stays unchanged. For further errors see read_weights.
     """
-    weights = read_weights(source)
-    given, state = weights.tensors, model.state_dict()
-    stem, norm, classifier = "downsample_layers.0.0.", "head.norm.", "head.fc."
+    model, tensors = unwrapped(model), read_weights(source).tensors
+    state, stem, classifier = model.state_dict(), "downsample_layers.0.0.", "head.fc."
 
-    def fits(name: str) -> bool:
-        return name in given and name in state and given[name].shape == state[name].shape
+    def shape(name: str, place: Mapping[str, Tensor]) -> str:
+        return str(tuple(place[name].shape)) if name in place else "missing"
 
-    no_classifier = not any(name.startswith(classifier) for name in given)
-    keep: list[str] = []
-    if no_classifier and not any(name.startswith(norm) for name in given):
-        keep.append(norm)
-    if not strict and (no_classifier or not fits(f"{classifier}weight")):
+    misfits = {name: f"{name} ({shape(name, tensors)} in the source, {shape(name, state)} in the "
+               "model)" for name in state | tensors if shape(name, tensors) != shape(name, state)}
+    keep = [] if any(name.startswith("head.") for name in tensors) else ["head.norm."]
+    if not strict and f"{classifier}weight" in misfits:
         keep.append(classifier)
-    if not strict and f"{stem}weight" in given and not fits(f"{stem}weight"):
+    if not strict and f"{stem}weight" in misfits and f"{stem}weight" in tensors:
         keep.append(stem)
-
-    found, kept, problems = {}, [], []
-    for name, parameter in state.items():
-        tensor, here = given.get(name), tuple(parameter.shape)
-        there = "is missing there" if tensor is None else f"is {tuple(tensor.shape)} there"
-        if name.startswith(tuple(keep)):
-            kept.append(f"{name} {there}, {here} here")
-        elif fits(name):
-            found[name] = tensor
-        else:
-            problems.append(f"{name} {there}, {here} here")
-    unknown = [name for name in given if name not in state]
-    surplus = ("head.fc.weight", "head.fc.bias") if classifier in keep else ()
-    problems += [f"{name} is unknown here" for name in unknown if name not in surplus]
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(found, strict=False)
-    report = Report(weights.layout, [*found], kept, unknown + weights.left_out)
+    report = Report(
+        [name for name in state if not name.startswith(tuple(keep))],
+        [misfits.get(name, name) for name in state if name.startswith(tuple(keep))],
+        [name for name in tensors if name not in state])
+    if wrong := [text for name, text in misfits.items() if not name.startswith(tuple(keep))]:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"these weights do not fit the model: {', '.join(wrong[:3])}{more}")
+    model.load_state_dict({name: tensors[name] for name in report.loaded}, strict=False)
     if report.kept or report.left_out:
-        warnings.warn(str(report), stacklevel=2)
+        warnings.warn(f"the model kept its own {', '.join(report.kept) or 'nothing'}; left out: "
+                      f"{', '.join(report.left_out) or 'nothing'}", stacklevel=2)
     return report
 
 
 def infer_architecture(weights: Weights) -> dict[str, Any]:
-    """create_convnext's arguments for the network that has these weights, from their shapes."""
-    tensors = weights.tensors
-    needed = "downsample_layers.0.0.weight", *(f"stages.{s}.0.dwconv.weight" for s in range(4))
-    for name in needed:
-        if name not in tensors or tensors[name].ndim != 4:
-            raise ValueError(f"{name} is missing, or does not have four axes")
-    (_, in_channels, patch_size, _), *filters = (tensors[name].shape for name in needed)
-    dims = tuple(shape[0] for shape in filters)
+    """Derive create_convnext's arguments from the tensors; ValueError if they are no variant's."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
+    stem, *filters = (shapes.get(name, ()) for name in (
+        "downsample_layers.0.0.weight", *(f"stages.{s}.0.dwconv.weight" for s in range(4))))
+    if any(len(shape) != 4 for shape in (stem, *filters)):
+        raise ValueError("the stem or a stage is missing, or has filters without four axes")
     depths = tuple(sum(name.startswith(f"stages.{s}.") and name.endswith(".dwconv.weight")
-                       for name in tensors) for s in range(4))
-    shape = Variant(depths, dims, grn="stages.0.0.mlp.grn.gamma" in tensors)
-    variant = next((name for name, other in VARIANTS.items() if other == shape), None)
+                       for name in shapes) for s in range(4))
+    network = (depths, tuple(shape[0] for shape in filters), "stages.0.0.mlp.grn.gamma" in shapes)
+    variant = next((name for name, (depths, dims, _, grn) in VARIANTS.items()
+                    if (depths, dims, grn) == network), None)
     if variant is None:
-        raise ValueError(f"no variant has {depths} blocks of {dims} channels"
-                         f"{' and GRN' if shape.grn else ''}")
-    classifier = tensors.get("head.fc.weight", torch.empty(0))
-    return {"variant": variant, "in_channels": in_channels, "patch_size": patch_size,
-            "num_classes": len(classifier) if classifier.ndim == 2 else 0,
-            "layer_scale": 1e-6 if "stages.0.0.layer_scale.gamma" in tensors else 0.0}
+        raise ValueError("no variant has {} blocks of {} channels and GRN {}".format(*network))
+    return {"variant": variant, "in_channels": stem[1], "patch_size": stem[2],
+            "num_classes": shapes.get("head.fc.weight", (0,))[0],
+            "layer_scale": 1e-6 if "stages.0.0.layer_scale.gamma" in shapes else 0.0}
 
 
 def from_checkpoint(source: Weights | Mapping | str | PathLike) -> ConvNeXt:
-    """The network that a checkpoint holds, with its weights, in evaluation mode.
+    """Build the network that a checkpoint holds, with its weights, in evaluation mode.
 
-    source, errors: see load_weights. Variant, classes (none for a backbone), channels and patch
-    size follow from the tensors; whatever then does not fit is an error.
+    source: see load_weights. Variant, number of classes (none for a backbone), channels and patch
+    size follow from the tensors. Raises ValueError for whatever does not fit.
     """
     weights = read_weights(source)
-    with torch.device("meta"):  # no random numbers for what is overwritten at once
+    with torch.device("meta"):  # draws no random numbers that would be overwritten at once
         model = create_convnext(**infer_architecture(weights))
-    model.to_empty(device="cpu").head.norm.reset_parameters()  # which a backbone may lack
+    model.to_empty(device="cpu")
+    model.head.norm.reset_parameters()  # a backbone has none
     load_weights(model, weights, strict=True)
     return model.eval()
 
 
-# --- Faster: the same function, sooner. Nothing else is to be learned here: skip it at will. ----
+# --- Part 4. Faster on a CPU: the same function. Nothing new about ConvNeXt follows ---------------
+
+
+def speed_up(model: nn.Module) -> nn.Module:
+    """Make training on a CPU faster, in place, and return the model.
+
+    The layers keep their parameters, names and hooks, and compute the same up to rounding. Where a
+    layer was changed by hand (its stride, padding, dilation, forward, ...), and on a GPU, in
+    evaluation and in an export, PyTorch's own convolution runs.
+    """
+    for module in model.modules():
+        for plain, fast in ((DepthwiseConv, FastDepthwiseConv), (Patchify, FastPatchify)):
+            if type(module) is plain and plain.forward is nn.Conv2d.forward:
+                module.__class__ = fast
+    return model
+
+
+# The number types for which this was measured to be faster, by the CPU's vector instructions.
+FAST_DTYPES: tuple[torch.dtype, ...] = ()
+if torch.backends.mkldnn.is_available():
+    FAST_DTYPES = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}.get(
+        torch.backends.cpu.get_cpu_capability(), ())
+
+
+def can_be_faster(layer: nn.Conv2d, x: Tensor, *settings: Any) -> bool:
+    """Tell whether the layer has these settings, and gradients are recorded on a CPU."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
+        return False
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    return (x.device.type == "cpu" and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0
+            and layer.bias is not None and layer.padding_mode == "zeros"
+            and settings == (layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+                             layer.dilation, layer.groups))
+
+
+class FastPatchify(Patchify):
+    """Patchify as a linear layer on patches, whose gradients are matrix products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.kernel_size[0]
+        if not can_be_faster(self, x, self.out_channels, (p, p), (p, p), (0, 0), (1, 1), 1):
+            return super().forward(x)
+        h, w = x.shape[2:]
+        x = x[:, :, : h - h % p, : w - w % p]
+        x = rearrange(x, "b c (h p) (w q) -> b h w (p q c)", p=p, q=p)
+        x = F.linear(x, rearrange(self.weight, "dim c p q -> dim (p q c)"), self.bias)
+        return rearrange(x, "b h w dim -> b dim h w")
+
+
+class FastDepthwiseConv(DepthwiseConv):
+    """DepthwiseConv with the backward pass of DepthwiseGradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, r, dim = self.kernel_size[0], self.kernel_size[0] // 2, self.in_channels
+        if not can_be_faster(self, x, dim, (k, k), (1, 1), (r, r), (1, 1), dim) or k % 2 == 0:
+            return super().forward(x)
+        if torch.is_autocast_enabled("cpu"):  # autocast does not know functions with a backward
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        return DepthwiseGradient.apply(x, self.weight, self.bias)
 
 
 class DepthwiseGradient(torch.autograd.Function):
-    """The depthwise convolution with derivatives that are depthwise convolutions again.
+    """The depthwise convolution; its derivatives are depthwise convolutions again.
 
         ∂L/∂x[c, i, j] = Σ_{u,v} W[c, u, v] · g[c, i - u + 3, j - v + 3],     g = ∂L/∂y
         ∂L/∂W[c, u, v] = Σ_b Σ_{i,j} g[b, c, i, j] · x[b, c, i + u - 3, j + v - 3]
 
-    The first convolves g with W turned by 180 degrees. In the second, g is the filter: as large
-    as the map, and slid over x to only 7x7 places. Samples do not mix until the sum over b, so a
-    batch is b·c channels of one image. PyTorch's forward kernel, which computes in the width of
-    the CPU's vector registers along the channels, does that several times as fast as its kernel
-    for this gradient: the README has the measurements.
+    The first convolves g with W turned by 180 degrees. In the second g is the filter, as large as
+    the map, and moves over x to only 7x7 places; samples mix only in the sum over b, so the batch
+    is one image of b·c channels. PyTorch's kernel for such a convolution is several times faster
+    than its kernel for this gradient (README.md has figures). x: (b, c, h, w), W: (c, 1, k, k).
     """
 
-    # For torch.func's vmap, grad and jacrev; its forward mode (jvp) wants fast_gradient = False.
-    generate_vmap_rule = True
+    generate_vmap_rule = True  # for torch.func
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    def jvp(ctx: Any, x_t: Tensor, weight_t: Tensor, bias_t: Tensor) -> Tensor:
+        x, weight = ctx.saved_tensors
+        product_rule = DepthwiseGradient.forward(x_t, weight, bias_t)
+        return product_rule + DepthwiseGradient.forward(x, weight_t, None)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         (x, weight), grad_x, grad_weight = ctx.saved_tensors, None, None
-        radius = weight.shape[-1] // 2
+        radius, (c, h, w) = weight.shape[-1] // 2, x.shape[1:]
         if ctx.needs_input_grad[0]:
-            turned = weight.to(g.dtype).flip(2, 3)
-            grad_x = F.conv2d(g, turned, padding=radius, groups=len(weight))
+            grad_x = F.conv2d(g, weight.to(g.dtype).flip(2, 3), padding=radius, groups=c)
         if ctx.needs_input_grad[1]:
-            c, h, w = x.shape[1:]
-            # An offset as large as the map meets nothing but padding: its gradient is zero.
+            # Weights that lie further from the centre than the map is wide only ever meet zeros.
             reach = min(radius, h - 1), min(radius, w - 1)
             grad_weight = weight.new_zeros(c, *(2 * r + 1 for r in reach))
-            at_once = max(1, 2**20 // (c * h * w))  # samples; about what fits into the cache
+            at_once = max(1, 2**20 // (c * h * w))  # samples, about as many as fit into the cache
             for xs, gs in zip(x.split(at_once), g.split(at_once)):
                 xs = rearrange(xs, "b c h w -> 1 (b c) h w")
                 gs = rearrange(gs, "b c h w -> (b c) 1 h w")
@@ -911,33 +957,14 @@ class DepthwiseGradient(torch.autograd.Function):
         return grad_x, grad_weight, reduce(g, "b c h w -> c", "sum")
 
 
-# Where it was measured to pay. Other devices and number types have other kernels: PyTorch's own.
-FAST_DTYPES: tuple[torch.dtype, ...] = ()
-if torch.backends.mkldnn.is_available():
-    FAST_DTYPES = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}.get(
-        torch.backends.cpu.get_cpu_capability(), ())
-
-
-def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What DepthwiseConv computes; backward by DepthwiseGradient where that is faster.
-
-    x: (b, c, h, w). weight: (c, 1, k, k), k odd. bias: (c,). Returns (b, c, h, w).
-    """
-    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # F.conv2d sees to it itself
-        x = x.to(torch.get_autocast_dtype("cpu"))
-    fast = x.device.type == "cpu" and x.dtype in FAST_DTYPES and x.numel() > 0
-    apply = DepthwiseGradient.apply if fast else DepthwiseGradient.forward
-    return apply(x, weight, bias)
-
-
 @torch.no_grad()
-def fold_layer_scale(model: ConvNeXt) -> ConvNeXt:
-    """Multiply every LayerScale into the linear layer before it, in place; same logits.
+def fold_layer_scale(model: nn.Module) -> nn.Module:
+    """Multiply each LayerScale into the linear layer before it, in place, and return the model.
 
         γ ⊙ (W·x + b) = (γ ⊙ W)·x + γ ⊙ b
 
-    For deployment: one pass over memory less in each block. Training would go another way from
-    here on, as γ is gone. Returns the model.
+    The logits stay the same, and inference saves a pass over memory per block. Training would go on
+    differently, since γ is no longer a parameter.
     """
     for block in model.modules():
         if isinstance(block, Block) and isinstance(block.layer_scale, LayerScale):
@@ -948,121 +975,7 @@ def fold_layer_scale(model: ConvNeXt) -> ConvNeXt:
     return model
 
 
-# --- The road: how the paper gets here from a ResNet-50 (section 2, table 10) -------------------
-
-
-class Design(NamedTuple):
-    """Everything that the paper changes. The defaults are ResNet-50."""
-
-    depths: tuple[int, ...] = (3, 4, 6, 3)
-    patchify: bool = False  # the stem: 4x4 patches instead of a strided 7x7 and a max-pool
-    depthwise: bool = False  # the convolution over positions has one filter a channel
-    width: int = 64  # of the first stage; it doubles from stage to stage
-    inverted: bool = False  # blocks are narrow - wide - narrow, not wide - narrow - wide
-    depthwise_first: bool = False  # positions are mixed before the widening, not in the middle
-    kernel_size: int = 3
-    act: type[nn.Module] = nn.ReLU
-    one_act: bool = False  # a block has one activation, not three
-    one_norm: bool = False  # a block has one norm, not three
-    norm: type[nn.Module] = nn.BatchNorm2d
-    separate_downsampling: bool = False  # layers of their own halve the resolution
-
-
-class Step(NamedTuple):
-    name: str
-    change: dict  # fields of Design; a step keeps those of the steps before it
-    top1: float  # ImageNet accuracy in %, from table 10: means of three trainings of 300 epochs
-    gflops: float  # multiply-accumulates in 1e9 at 224x224, from table 10
-
-
-ROADMAP = (
-    Step("ResNet-50, new recipe", {}, 78.82, 4.09),
-    Step("stage ratio", {"depths": (3, 3, 9, 3)}, 79.36, 4.53),
-    Step("patchify stem", {"patchify": True}, 79.51, 4.42),
-    Step("depthwise conv", {"depthwise": True}, 78.28, 2.35),
-    Step("width 64 to 96", {"width": 96}, 80.50, 5.27),
-    Step("inverted bottleneck", {"inverted": True}, 80.64, 4.64),
-    Step("depthwise conv first", {"depthwise_first": True}, 79.92, 4.07),
-    Step("kernel 5x5", {"kernel_size": 5}, 80.35, 4.10),
-    Step("kernel 7x7", {"kernel_size": 7}, 80.57, 4.15),
-    Step("kernel 9x9", {"kernel_size": 9}, 80.57, 4.21),
-    Step("kernel 11x11", {"kernel_size": 11}, 80.47, 4.29),
-    Step("GELU, kernel 7x7", {"kernel_size": 7, "act": nn.GELU}, 80.62, 4.15),
-    Step("one activation", {"one_act": True}, 81.27, 4.15),
-    Step("one norm", {"one_norm": True}, 81.41, 4.15),
-    # The paper prints 4.46 and 4.49 here. But LayerNorm costs what BatchNorm does in this count
-    # (its table 11 agrees), and 4.46 is the next step's: ConvNeXt-T has 4.456e9 MACs.
-    Step("LayerNorm", {"norm": LayerNorm2d}, 81.47, 4.46),
-    Step("separate downsampling", {"separate_downsampling": True}, 81.97, 4.49),
-)
-
-
-class RoadmapBlock(nn.Module):
-    """A bottleneck on the way from ResNet's to ConvNeXt's. (b, c, h, w) -> (b, dim, h, w)"""
-
-    def __init__(self, design: Design, dim_in: int, width: int, stride: int) -> None:
-        super().__init__()
-        d, k = design, design.kernel_size
-        middle, self.dim = (4 * width, width) if d.inverted else (width, 4 * width)
-        shapes = [(dim_in, middle, 1), (middle, middle, k), (middle, self.dim, 1)]
-        spatial = 1
-        if d.depthwise_first:
-            shapes, spatial = [(dim_in, dim_in, k), (dim_in, middle, 1), (middle, self.dim, 1)], 0
-        layers: list[nn.Module] = []
-        for i, (c_in, c_out, size) in enumerate(shapes):
-            here, normed = i == spatial, i == spatial or not d.one_norm
-            layers.append(nn.Conv2d(
-                c_in, c_out, size, stride if here else 1, size // 2,
-                groups=c_in if here and d.depthwise else 1, bias=self.needs_bias(d, normed)))
-            layers += [d.norm(c_out)] if normed else []
-            layers += [d.act()] if i == 1 or i == 0 and not d.one_act else []
-        self.branch = nn.Sequential(*layers)
-        self.shortcut = nn.Identity() if (dim_in, stride) == (self.dim, 1) else nn.Sequential(
-            nn.Conv2d(dim_in, self.dim, 1, stride, bias=self.needs_bias(d, True)),
-            d.norm(self.dim))
-        self.act = nn.Identity() if d.one_act else d.act()
-        # The paper does not say in which steps LayerScale was there; ConvNeXt has it.
-        self.layer_scale = LayerScale(self.dim) if d.separate_downsampling else nn.Identity()
-
-    @staticmethod
-    def needs_bias(design: Design, normed: bool) -> bool:
-        return not (normed and design.norm is nn.BatchNorm2d)  # which would subtract it again
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = rearrange(self.branch(x), "b c h w -> b h w c")
-        return self.act(self.shortcut(x) + rearrange(self.layer_scale(y), "b h w c -> b c h w"))
-
-
-def roadmap_network(design: Design, num_classes: int = 1000) -> nn.Sequential:
-    """Any network of the road, with PyTorch's initialisation. (b, 3, h, w) -> (b, num_classes)"""
-    d, dim = design, design.width
-    if d.patchify:  # its norm is a guess, the paper names none before the last step
-        layers: list[nn.Module] = [Patchify(3, dim), d.norm(dim)]
-    else:
-        layers = [nn.Conv2d(3, dim, 7, 2, 3, bias=False), d.norm(dim), d.act(),
-                  nn.MaxPool2d(3, 2, 1)]
-    for stage, depth in enumerate(d.depths):
-        width = d.width * 2**stage
-        if stage and d.separate_downsampling:
-            layers.append(Downsample(dim, width))
-            dim = width
-        for b in range(depth):
-            strided = stage and b == 0 and not d.separate_downsampling
-            layers.append(RoadmapBlock(d, dim, width, stride=2 if strided else 1))
-            dim = layers[-1].dim
-    head = Head(dim, num_classes)
-    if not d.separate_downsampling:
-        head.norm = nn.Identity()
-    return nn.Sequential(*layers, head)
-
-
-def roadmap() -> Iterator[tuple[Step, Design]]:
-    """Each step of the paper's road with the whole design it arrives at."""
-    design = Design()
-    for step in ROADMAP:
-        design = design._replace(**step.change)
-        yield step, design
-
-
 if __name__ == "__main__":
-    print(*table(), sep="\n")
+    parser = argparse.ArgumentParser(description="List the variants, or the steps of the road.")
+    parser.add_argument("--road", action="store_true", help="list the steps from ResNet-50 on")
+    print(*(road_table() if parser.parse_args().road else variant_table()), sep="\n")
