@@ -3,39 +3,38 @@
     import torch
     from convnext import create_convnext, from_checkpoint
 
-    model = create_convnext("tiny", num_classes=10)            # random weights
-    logits = model(torch.randn(8, 3, 224, 224))                # (8, 10)
-    model = create_convnext("atto", num_classes=10, patch_size=1)   # for 32x32 images: 1 or 2
-    model = from_checkpoint("timm:convnext_tiny.fb_in1k")      # pretrained, in evaluation mode
+    model = create_convnext("tiny", num_classes=10)                # random weights
+    logits = model(torch.randn(8, 3, 224, 224))                    # (8, 10)
+    model = create_convnext("tiny", num_classes=10, patch_size=2)  # for images of 32x32 pixels
+    model = from_checkpoint("timm:convnext_tiny.fb_in1k")          # pretrained; evaluation mode
 
 "A ConvNet for the 2020s" (Liu et al., 2022, https://arxiv.org/abs/2201.03545) starts from a
-ResNet-50 and changes one thing after the other until a purely convolutional network matches a Swin
-Transformer. An image takes this way through the result, ConvNeXt-Tiny:
+ResNet-50 and changes one thing after another until a purely convolutional network matches a Swin
+Transformer. An image passes through the result, ConvNeXt-Tiny, like this:
 
-    image                     3 x 224 x 224
-    stem                     96 x  56 x  56    cut into 4x4 patches, embed each
-    stage 1: 3 blocks        96 x  56 x  56
-    downsample, 3 blocks    192 x  28 x  28
-    downsample, 9 blocks    384 x  14 x  14
-    downsample, 3 blocks    768 x   7 x   7
-    head                    768 -> 1000        average over the positions, normalise, classify
+    image                            3 x 224 x 224
+    stem                            96 x  56 x  56    cut into 4x4 patches, embed each
+    stage 1: 3 blocks               96 x  56 x  56
+    stage 2: downsample, 3 blocks  192 x  28 x  28
+    stage 3: downsample, 9 blocks  384 x  14 x  14
+    stage 4: downsample, 3 blocks  768 x   7 x   7
+    head                           768 -> 1000        average over positions, normalise, classify
 
 and each block computes x + branch(x), where the branch first mixes positions, then channels.
 
 Part 1 builds the network in the order of the paper, part 2 every network on the road from
 ResNet-50 to here (`python convnext.py --road` lists them; without --road, it lists the variants).
-Part 3 reads and writes the checkpoints of other libraries, and part 4 makes training on a CPU
-faster; a reader who wants to understand ConvNeXt can stop before part 3.
+Part 3 reads and writes the checkpoints of other libraries, and part 4 makes a CPU faster; a reader
+who wants to understand ConvNeXt can stop before part 3.
 
 Sections, tables and figures named below are the paper's; V2 is https://arxiv.org/abs/2301.00808
-(Woo et al., 2023). Every change of layout is an einops pattern, which doubles as the shape comment:
-b = batch, c = channels, h, w = height and width. Between blocks a feature map is (b, c, h, w);
-inside a block, after the depthwise convolution, it is (b, h, w, c).
+(Woo et al., 2023). Formulas are for a single image. Where axes are reordered, an einops pattern
+doubles as the shape comment: b = batch, c = channels, h, w = height and width. Between blocks a
+feature map is (b, c, h, w); inside a block, after the depthwise convolution, it is (b, h, w, c).
 
-Function and initialisation are those of the authors' code
-(https://github.com/facebookresearch/ConvNeXt). Two things differ in form: `patch_size` can be 1 or
-2, for images so small that 4x4 patches leave too few positions; and each idea is a module of its
-own, so the authors' parameter `pwconv1` is `mlp.pwconv1` here.
+The network computes what the authors' code does (https://github.com/facebookresearch/ConvNeXt),
+and is initialised like it. `patch_size` is an addition, since 4x4 patches leave small images too few
+positions. Each idea is a module of its own, so their `pwconv1` is `mlp.pwconv1` here.
 """
 
 import argparse
@@ -48,9 +47,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import pairwise, product
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlparse
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +60,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Patchify(nn.Conv2d):
-    """Cut the image into squares and map each to a vector. (b, c, h, w) -> (b, dim, h / p, w / p)
+    """Cut a map into squares, turn each into a vector. (b, c, h, w) -> (b, dim, h / p, w / p)
 
         y[:, i, j] = W · flatten(x[:, p·i : p·i + p, p·j : p·j + p]) + bias,   p = patch_size
 
@@ -84,11 +81,10 @@ class DepthwiseConv(nn.Conv2d):
         y[c, i, j] = Σ_{u,v} W[c, u, v] · x[c, i + u - 3, j + v - 3] + bias[c],   u, v = 0 ... 6
 
     Outside of the map x is zero. Like the weighted sum in self-attention, this mixes positions and
-    keeps channels apart, an idea that convolutional networks had before: ResNeXt convolves in
-    groups of channels, MobileNet in groups of one (section 2.3). It takes 49·dim multiplications
-    per position, where a dense 7x7 convolution takes 49·dim². So a large kernel is affordable: 7x7
-    is the smallest window in which Swin attends, and 3x3 -> 7x7 gains 0.65 points of accuracy;
-    larger kernels gain nothing more (section 2.5).
+    keeps channels apart. ResNeXt had mixed only small groups of channels, MobileNet none (section
+    2.3). It takes 49·dim multiplications per position, where a dense 7x7 convolution takes 49·dim².
+    So a large kernel is affordable. 3x3 -> 7x7 gains 0.65 points of accuracy, and larger kernels no
+    more; the windows of Swin's attention are at least 7x7, too (section 2.5).
     """
 
     def __init__(self, dim: int, kernel_size: int = 7) -> None:
@@ -101,9 +97,9 @@ class LayerNorm(nn.LayerNorm):
         y = weight ⊙ (x - mean(x)) / √(var(x) + ε) + bias
 
     Mean and variance are taken over the last axis, the channels. Positions and images share no
-    statistics, so training and evaluation compute the same. (GroupNorm with one group is different:
-    it also averages over the positions.) Replacing BatchNorm by it changes the accuracy little,
-    +0.06 points (section 2.6), but what a network answers no longer depends on the rest of a batch.
+    statistics, so training and evaluation compute the same. (GroupNorm with one group does not: it
+    also averages over the positions.) Replacing BatchNorm by it gained 0.06 points, which is little
+    (section 2.6), but in training an image no longer depends on the rest of its batch.
     """
 
     def __init__(self, dim: int) -> None:
@@ -113,9 +109,9 @@ class LayerNorm(nn.LayerNorm):
 class LayerNorm2d(LayerNorm):
     """LayerNorm of a feature map. (b, dim, h, w) -> (b, dim, h, w)
 
-    nn.LayerNorm returns memory in which the channels of a position lie side by side, and
-    convolutions keep that order ("channels_last"). The stem ends with this layer. So from there on
-    `rearrange` between "b c h w" and "b h w c" changes only strides, and copies nothing.
+    The norm runs on (b, h, w, c), so its result lies in memory in that order, and the second
+    rearrange only renames the axes of that memory. Convolutions return the order they are given
+    ("channels_last"). The stem ends with this layer, so after the stem no rearrange copies.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +125,7 @@ class GRN(nn.Module):
         y = γ ⊙ (x ⊙ n) + β + x,   n[c] = ‖x[:, :, c]‖ / (mean over channels k of ‖x[:, :, k]‖ + ε)
 
     The norms are taken over all positions of an image. V2 is pre-trained by filling in masked parts
-    of images, and many channels then came to respond alike. With GRN channels compete: one that
+    of images, which made many channels of V1 respond alike. With GRN, channels compete: one that
     responds more strongly than the average is amplified (V2, section 3). γ and β start at 0, so
     the layer starts as the identity.
     """
@@ -140,7 +136,7 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # At least float32: squares overflow float16, and bfloat16 rounds a small γ away.
+        # In at least float32: squares overflow float16, and bfloat16 would lose a small γ·x·n.
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # (b, 1, 1, dim)
         n = norm / (reduce(norm, "b 1 1 c -> b 1 1 1", "mean") + 1e-6)
@@ -153,10 +149,10 @@ class InvertedBottleneck(nn.Module):
         y = W₂ · GELU(W₁ · x + b₁) + b₂,   W₁: dim -> 4·dim,   W₂: 4·dim -> dim
 
     ResNet's bottleneck is wide - narrow - wide. MobileNetV2's, like the MLP of a transformer, is
-    narrow - wide - narrow (section 2.4). Following transformers, it has a single activation, where
-    ResNet has one after each layer; GELU is a smooth ReLU, x · Φ(x) with Φ the standard normal
-    distribution function (section 2.6). Nine tenths of Tiny's parameters are in these layers,
-    8·dim² per block, each used once per position. V2 puts GRN after the activation (`grn`).
+    narrow - wide - narrow (section 2.4). This one also has the transformer's single activation,
+    where ResNet has one after each layer. GELU is a smooth ReLU, x · Φ(x), with Φ the distribution
+    function of the standard normal (section 2.6). Nine tenths of Tiny's parameters are in these
+    layers: 8·dim² per block, each weight used once per position. grn: GRN after the GELU, in V2.
     """
 
     def __init__(self, dim: int, expansion: int = 4, grn: bool = False) -> None:
@@ -179,7 +175,7 @@ class LayerScale(nn.Module):
 
     This comes from CaiT, a deep vision transformer (Touvron et al., 2021). With so small a γ every
     block starts as almost the identity, and its branch grows as far as it proves useful. γ has one
-    axis, like biases and the gains of norms; that is how train.py knows what not to decay.
+    axis, like biases and the weights of norms: train.py excludes all of these from weight decay.
     """
 
     def __init__(self, dim: int, init: float = 1e-6) -> None:
@@ -191,12 +187,12 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop the branch of random samples while training. Keeps the shape.
+    """Stochastic depth: drop the branch of random samples in training. (b, ...) -> (b, ...)
 
-        y = x · m / (1 - p),   m ~ Bernoulli(1 - p), drawn per sample,   x: (b, c, h, w)
+        y = x · keep / (1 - p),   keep ~ Bernoulli(1 - p), drawn per sample
 
-    A sample whose branch is dropped passes the block unchanged, so the network cannot rely on any
-    single block (Huang et al., 2016). Dividing by 1 - p keeps the expectation. In evaluation
+    A sample whose branch is dropped passes through the block unchanged, so the network cannot rely
+    on any single block (Huang et al., 2016). Dividing by 1 - p keeps the expectation. In evaluation
     nothing is dropped. Raises ValueError unless 0 <= p < 1.
     """
 
@@ -209,7 +205,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        keep = x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - self.p)
+        keep = x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - self.p)  # for (b, c, h, w)
         return x * (keep / (1 - self.p))
 
     def extra_repr(self) -> str:
@@ -223,11 +219,11 @@ class Block(nn.Module):
 
     A transformer block mixes positions by attention and then channels by an MLP, each with a norm
     and a shortcut. Here both kinds of mixing share one norm, one activation and one shortcut.
-    Fewer are better: removing two of three activations gained 0.65 points, removing two of three
-    norms 0.14 (section 2.6). The paper offers no theory for it; these are measurements.
+    Fewer are better: removing two of the three activations in ResNet's block gained 0.65 points,
+    removing two of its three norms 0.14 (section 2.6). The paper measures this and has no theory.
 
-    Of the multiplications, 49·dim + 8·dim² per position, the 7x7 kernel takes 6 % at 96 channels
-    and 0.8 % at 768.
+    Of the 49·dim + 8·dim² multiplications per position, the 7x7 kernel takes 6 % at 96 channels and
+    0.8 % at 768.
 
     drop_path: p of DropPath. layer_scale: initial γ of LayerScale, 0 for none. grn: V2's block.
     """
@@ -284,12 +280,13 @@ class ConvNeXt(nn.Module):
     """Stages of blocks, each at half the resolution of the stage before (table 9).
 
     depths, dims: the number of blocks and of channels in each stage. num_classes: 0 for features.
-    in_channels: of the image. patch_size: the stem's; 4 in the paper, 1 or 2 for small images.
-    drop_path: the chance to drop the branch of the last block, in [0, 1); it rises linearly from
-    0 at the first block. The paper trains Tiny with 0.1, Small with 0.4, Base and Large with 0.5
-    (table 5). layer_scale: initial γ, 0 for no LayerScale. grn: ConvNeXt V2. head_init_scale:
-    a factor on the classifier's initial weights. It is 0.001 in fine-tuning, since large gradients
-    from a new classifier would spoil pretrained features (table 6).
+    in_channels: channels of the image. patch_size: of the stem, 4 in the paper; at 32x32 pixels,
+    2 leaves the last stage 2x2 positions, and 1 leaves 4x4. drop_path: the chance of dropping the
+    last block's branch, in [0, 1); it rises linearly from 0 at the first block. The paper trains
+    Tiny with 0.1, Small with 0.4, Base and Large with 0.5 (table 5). layer_scale: initial γ, 0 for
+    no LayerScale. grn: ConvNeXt V2. head_init_scale: a factor on the classifier's initial weights,
+    0.001 in fine-tuning (table 6): the gradient that reaches the pretrained features is multiplied
+    by these weights, and a new classifier's would spoil them.
     """
 
     def __init__(
@@ -304,8 +301,8 @@ class ConvNeXt(nn.Module):
         stem = nn.Sequential(Patchify(in_channels, dims[0], patch_size), LayerNorm2d(dims[0]))
         self.downsample_layers = nn.ModuleList(
             [stem, *(Downsample(dim_in, dim) for dim_in, dim in pairwise(dims))])
-        # Later blocks are dropped more often: all others build on the features of early ones.
-        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
+        # Early blocks are dropped less often, since every later block builds on them.
+        rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
         self.stages = nn.ModuleList()
         for depth, dim in zip(depths, dims, strict=True):
             blocks = [Block(dim, rates.pop(0), layer_scale, grn) for _ in range(depth)]
@@ -318,7 +315,7 @@ class ConvNeXt(nn.Module):
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
-        # Table 5 prints a standard deviation of 0.2; the authors' code and all others use 0.02.
+        # Table 5 prints a standard deviation of 0.2; the authors' code and the libraries have 0.02.
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
@@ -330,12 +327,12 @@ class ConvNeXt(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(b, in_channels, h, w) -> the last stage's map, (b, dims[-1], h / 32, w / 32).
 
-        With smaller patches the map is larger: h / 16 at patch size 2. Odd sizes are rounded down.
-        Raises ValueError for a wrong number of axes or channels, and for an image that is smaller
-        than the total stride.
+        With smaller patches the map is larger: h / 16 at patch size 2. Sizes that are no multiple
+        of the stride are rounded down. Raises ValueError for a wrong number of axes or channels, and for an
+        image that is smaller than the total stride.
         """
         self._check(x)
-        for downsample, stage in zip(self.downsample_layers, self.stages):
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(downsample(x))
         return x
 
@@ -346,7 +343,7 @@ class ConvNeXt(nn.Module):
         """
         self._check(x)
         maps = [x]
-        for downsample, stage in zip(self.downsample_layers, self.stages):
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             maps.append(stage(downsample(maps[-1])))
         return maps[1:]
 
@@ -363,15 +360,14 @@ class ConvNeXt(nn.Module):
 class Variant(NamedTuple):
     depths: tuple[int, ...]  # blocks per stage
     dims: tuple[int, ...]  # channels per stage
-    gflops: float  # as printed: multiply-accumulates in 1e9 at 224x224 and patch size 4
+    gflops: float  # as the papers print it: multiply-accumulates in 1e9 at 224x224 pixels
     grn: bool = False  # ConvNeXt V2
 
 
-# Stages have 1 : 1 : 3 : 1 blocks, like Swin-T's, or 1 : 1 : 9 : 1. ResNet-50 has (3, 4, 6, 3);
-# the change gained 0.54 points. Most blocks then run at 1/16 of the resolution, where objects are
-# still resolved and positions are few (section 2.2).
+# The paper's stages have 1 : 1 : 3 : 1 blocks, like Swin-T's, or 1 : 1 : 9 : 1. ResNet-50 has
+# (3, 4, 6, 3); the change gained 0.54 points (section 2.2). The paper gives no reason beyond that.
 VARIANTS = {
-    # Smaller than the paper's; from timm and from ConvNeXt V2.                parameters
+    # First published in timm and with ConvNeXt V2.                          parameters
     "atto": Variant((2, 2, 6, 2), (40, 80, 160, 320), 0.55),               # 3.7M
     "femto": Variant((2, 2, 6, 2), (48, 96, 192, 384), 0.78),              # 5.2M
     "pico": Variant((2, 2, 6, 2), (64, 128, 256, 512), 1.37),              # 9.0M
@@ -383,7 +379,7 @@ VARIANTS = {
     "large": Variant((3, 3, 27, 3), (192, 384, 768, 1536), 34.4),          # 197.8M
     "xlarge": Variant((3, 3, 27, 3), (256, 512, 1024, 2048), 60.9),        # 350.2M
 }  # fmt: skip
-# GRN contains no matrix product, so V2 costs what V1 does. V2's paper prints 4.47 for Tiny.
+# GRN contains no matrix product, so V2 is counted like V1.
 VARIANTS |= {f"v2_{name}": VARIANTS[name]._replace(grn=True)
              for name in ("atto", "femto", "pico", "nano", "tiny", "base", "large")}
 VARIANTS["v2_huge"] = Variant((3, 3, 27, 3), (352, 704, 1408, 2816), 115, grn=True)
@@ -392,8 +388,8 @@ VARIANTS["v2_huge"] = Variant((3, 3, 27, 3), (352, 704, 1408, 2816), 115, grn=Tr
 def create_convnext(variant: str, *, layer_scale: float | None = None, **options: Any) -> ConvNeXt:
     """Build one of the VARIANTS with initial weights, in training mode.
 
-    options: the keyword arguments of ConvNeXt, except grn. layer_scale is 1e-6 by default in V1,
-    and V2 has none: GRN makes it superfluous. Raises ValueError for an unknown variant.
+    options: the other keyword arguments of ConvNeXt. layer_scale: by default 1e-6 in V1, and none
+    in V2, whose paper found it unnecessary with GRN. Raises ValueError for an unknown variant.
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
@@ -436,7 +432,7 @@ class Design(NamedTuple):
     depths: tuple[int, ...] = (3, 4, 6, 3)
     patchify: bool = False  # the stem: 4x4 patches instead of a strided 7x7 and a max-pool
     depthwise: bool = False  # the kxk convolution has one filter per channel
-    width: int = 64  # of the first stage; it doubles from stage to stage
+    width: int = 64  # channels of the 3x3 convolutions in stage 1; doubled from stage to stage
     inverted: bool = False  # blocks are narrow - wide - narrow, not wide - narrow - wide
     depthwise_first: bool = False  # the kxk convolution is the first layer, not the second
     kernel_size: int = 3  # k
@@ -444,18 +440,19 @@ class Design(NamedTuple):
     one_act: bool = False  # a block has one activation, not three
     one_norm: bool = False  # a block has one norm, not three
     norm: type[nn.Module] = nn.BatchNorm2d
-    separate_downsampling: bool = False  # layers between the stages halve the resolution
+    separate_downsampling: bool = False  # between the stages; with LayerScale and the head's norm
 
 
 class Step(NamedTuple):
     name: str
-    change: dict[str, Any]  # fields of Design; all else stays what it was in the step before
+    change: dict[str, Any]  # fields of Design; all else stays what it was in the last kept step
     top1: float  # ImageNet accuracy in %, table 10: means of three trainings of 300 epochs
     gflops: float  # multiply-accumulates in 1e9 at 224x224, as table 10 prints them
+    kept: bool = True
 
 
+OLD_RECIPE_TOP1 = 76.13  # ResNet-50 as PyTorch trained it: the new recipe is the largest step
 ROADMAP = (
-    # ResNet-50 with the recipe of its own time has 76.13; the new one is the largest step of all.
     Step("ResNet-50, new recipe", {}, 78.82, 4.09),
     Step("stage ratio", {"depths": (3, 3, 9, 3)}, 79.36, 4.53),
     Step("patchify stem", {"patchify": True}, 79.51, 4.42),
@@ -465,13 +462,13 @@ ROADMAP = (
     Step("depthwise conv first", {"depthwise_first": True}, 79.92, 4.07),
     Step("kernel 5x5", {"kernel_size": 5}, 80.35, 4.10),
     Step("kernel 7x7", {"kernel_size": 7}, 80.57, 4.15),
-    Step("kernel 9x9", {"kernel_size": 9}, 80.57, 4.21),
-    Step("kernel 11x11", {"kernel_size": 11}, 80.47, 4.29),  # no gain: the next step returns to 7
-    Step("GELU, kernel 7x7", {"kernel_size": 7, "act": nn.GELU}, 80.62, 4.15),
+    Step("kernel 9x9", {"kernel_size": 9}, 80.57, 4.21, kept=False),
+    Step("kernel 11x11", {"kernel_size": 11}, 80.47, 4.29, kept=False),
+    Step("GELU", {"act": nn.GELU}, 80.62, 4.15),
     Step("one activation", {"one_act": True}, 81.27, 4.15),
     Step("one norm", {"one_norm": True}, 81.41, 4.15),
-    # The last two costs are printed inconsistently: LayerNorm costs what BatchNorm does, 4.15 (as
-    # in the paper's table 11), and 4.46 is the count of the step after it, ConvNeXt-Tiny.
+    # The last two costs are misprints. LayerNorm costs what BatchNorm does, 4.15 (as in the paper's
+    # table 11), and ConvNeXt-Tiny has 4.46.
     Step("LayerNorm", {"norm": LayerNorm2d}, 81.47, 4.46),
     Step("separate downsampling", {"separate_downsampling": True}, 81.97, 4.49),
 )
@@ -487,27 +484,27 @@ class RoadmapBlock(nn.Module):
         super().__init__()
         d, k = design, design.kernel_size
         middle, self.dim = (4 * width, width) if d.inverted else (width, 4 * width)
-        act = nn.Identity if d.one_act else d.act  # those that "one activation" removes
+        removed_act = nn.Identity if d.one_act else d.act  # by the step "one activation"
 
         def conv(c_in: int, c_out: int, size: int = 1, stride: int = 1, groups: int = 1,
                  norm: bool = True) -> list[nn.Module]:
-            bias = not norm or d.norm is not nn.BatchNorm2d  # BatchNorm subtracts any bias
+            bias = not (norm and d.norm is nn.BatchNorm2d)  # which subtracts any bias
             layer = nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=bias)
             return [layer, d.norm(c_out)] if norm else [layer]
 
         if d.depthwise_first:  # kxk - wide - narrow
-            layers = [*conv(dim_in, dim_in, k, stride, groups=dim_in), act(),
+            layers = [*conv(dim_in, dim_in, k, stride, groups=dim_in), removed_act(),
                       *conv(dim_in, middle, norm=not d.one_norm), d.act(),
                       *conv(middle, self.dim, norm=not d.one_norm)]
         else:  # 1x1 - kxk - 1x1
             groups = middle if d.depthwise else 1
-            layers = [*conv(dim_in, middle), act(),
+            layers = [*conv(dim_in, middle), removed_act(),
                       *conv(middle, middle, k, stride, groups), d.act(),
                       *conv(middle, self.dim)]
         self.branch = nn.Sequential(*layers)
         same = (dim_in, stride) == (self.dim, 1)
         self.shortcut = nn.Sequential(*([] if same else conv(dim_in, self.dim, stride=stride)))
-        self.act = act()
+        self.act = removed_act()
         # The paper does not say in which steps LayerScale was there; ConvNeXt has it.
         self.layer_scale = LayerScale(self.dim) if d.separate_downsampling else nn.Identity()
 
@@ -540,46 +537,50 @@ def roadmap_network(design: Design, num_classes: int = 1000) -> nn.Sequential:
 
 def roadmap() -> Iterator[tuple[Step, Design]]:
     """Yield each step of the road with the whole design that it arrives at."""
-    design = Design()
+    kept = Design()
     for step in ROADMAP:
-        design = design._replace(**step.change)
+        design = kept._replace(**step.change)
         yield step, design
+        kept = design if step.kept else kept
 
 
 def road_table() -> Iterator[str]:
-    """Yield a line per step: accuracy and cost as printed, and the cost as counted here."""
+    """Yield a line per step: accuracy, gain and cost as printed, and the cost as counted here."""
     yield f"{'step':24} {'top-1, %':>8} {'gain':>6} {'GFLOPs':>7} {'counted':>8}"
-    before = 76.13
+    before = OLD_RECIPE_TOP1
     for step, design in roadmap():
         with torch.device("meta"):
             macs = count_macs(roadmap_network(design), 224)
         counted = f"{macs / 1e9:.2f}"
-        mark = "" if counted == f"{step.gflops:.2f}" else "  misprinted"
+        mark = "" if step.kept else "  not kept"
+        mark += "" if counted == f"{step.gflops:.2f}" else "  misprint"
         yield (f"{step.name:24} {step.top1:8.2f} {step.top1 - before:+6.2f} {step.gflops:7.2f} "
                f"{counted:>8}{mark}")
-        before = step.top1
+        before = step.top1 if step.kept else before
 
 
 # --- Part 3. Weights: the checkpoints of other libraries, in and out ------------------------------
 
 # The authors (Meta), timm, torchvision and Hugging Face's transformers store the same network under
-# different names. S is the stage from 0 to 3, B the block in it. A row that begins with a dot
-# continues "stages.S.B". "=" is the name in the first column, and "-" does not exist.
+# different names. The columns are in the order of LAYOUTS: "=" is the name in the first column and
+# "-" does not exist. {s} is the stage from 0 to 3, {d} = 2·s, {e} = 2·s + 1, {b} is the block in the
+# stage. A row that begins with a dot continues the names in BLOCK.
 LAYOUTS = ("native", "meta", "timm", "torchvision", "huggingface")
+BLOCK = ("stages.{s}.{b}", "stages.{s}.{b}", "stages.{s}.blocks.{b}", "features.{e}.{b}",
+         "encoder.stages.{s}.layers.{b}")
 NAMES = """
-downsample_layers.0.0 =      stem.0              features.0.0  embeddings.patch_embeddings
-downsample_layers.0.1 =      stem.1              features.0.1  embeddings.layernorm
-downsample_layers.S   =      stages.S.downsample features.2S   encoder.stages.S.downsampling_layer
-head.norm             norm   head.norm           classifier.0  layernorm
-head.fc               head   head.fc             classifier.2  classifier
-stages.S.B            =           stages.S.blocks.B  features.2S+1.B  encoder.stages.S.layers.B
-.dwconv               =           .conv_dw           .block.0         .dwconv
-.norm                 =           .norm              .block.2         .layernorm
-.mlp.pwconv1          .pwconv1    .mlp.fc1           .block.3         .pwconv1
-.mlp.grn.gamma        .grn.gamma  .mlp.grn.weight    -                .grn.weight
-.mlp.grn.beta         .grn.beta   .mlp.grn.bias      -                .grn.bias
-.mlp.pwconv2          .pwconv2    .mlp.fc2           .block.5         .pwconv2
-.layer_scale.gamma    .gamma      .gamma             .layer_scale     .layer_scale_parameter
+downsample_layers.0.0 =    stem.0                features.0.0 embeddings.patch_embeddings
+downsample_layers.0.1 =    stem.1                features.0.1 embeddings.layernorm
+downsample_layers.{s} =    stages.{s}.downsample features.{d} encoder.stages.{s}.downsampling_layer
+head.norm             norm head.norm             classifier.0 layernorm
+head.fc               head head.fc               classifier.2 classifier
+.dwconv               =          .conv_dw           .block.0         .dwconv
+.norm                 =          .norm              .block.2         .layernorm
+.mlp.pwconv1          .pwconv1   .mlp.fc1           .block.3         .pwconv1
+.mlp.grn.gamma        .grn.gamma .mlp.grn.weight    -                .grn.weight
+.mlp.grn.beta         .grn.beta  .mlp.grn.bias      -                .grn.bias
+.mlp.pwconv2          .pwconv2   .mlp.fc2           .block.5         .pwconv2
+.layer_scale.gamma    .gamma     .gamma             .layer_scale     .layer_scale_parameter
 """
 SHAPES = {  # the parameters with a different shape, by a part of their native name
     "meta": {".grn.": "c -> 1 1 1 c"},
@@ -592,37 +593,32 @@ SHAPES = {  # the parameters with a different shape, by a part of their native n
 @cache
 def name_map(layout: str) -> Mapping[str, str]:
     """Map native names to the layout's: all parameters of four stages of up to 40 blocks each."""
-    names, column, stages = {}, LAYOUTS.index(layout), ("", "")
+    names, column = {}, LAYOUTS.index(layout)
     ends = ("", ".weight", ".bias", ".0.weight", ".0.bias", ".1.weight", ".1.bias")
     for row in map(str.split, NAMES.strip().splitlines()):
-        pair = row[0], row[0] if row[column] == "=" else row[column]
+        texts = [row[0], row[0] if row[column] == "=" else row[column]]
         if row[0].startswith("."):
-            pair = stages[0] + pair[0], stages[1] + pair[1]
-        elif row[0] == "stages.S.B":
-            stages = pair
+            texts = [BLOCK[i] + text for i, text in zip((0, column), texts, strict=True)]
         for s, b, end in product(range(4), range(40), ends):
-            native, name = (
-                text.replace("2S+1", f"{2 * s + 1}").replace("2S", f"{2 * s}")
-                .replace("S", f"{s}").replace("B", f"{b}") + end for text in pair)
-            names.setdefault(native, name)  # the stem's rows come first
+            native, name = (t.format(s=s, d=2 * s, e=2 * s + 1, b=b) + end for t in texts)
+            names.setdefault(native, name)  # the stem's rows come before that of all stages
     return names
 
 
 def unwrapped(model: nn.Module) -> ConvNeXt:
-    """Return the ConvNeXt inside of torch.compile, DataParallel or AveragedModel."""
-    inner: Any = model
-    while not isinstance(inner, ConvNeXt):
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if inner is None:
-            raise TypeError(f"expected a ConvNeXt, not a {type(model).__name__}")
-    return inner
+    """Return the ConvNeXt inside of torch.compile, DataParallel, AveragedModel or the like."""
+    size = len([*model.parameters()])
+    for module in model.modules():
+        if isinstance(module, ConvNeXt) and len([*module.parameters()]) == size:
+            return module
+    raise TypeError(f"expected a ConvNeXt, not a {type(model).__name__}")
 
 
 def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
     """Return the state dict, which shares the model's memory, in one of the LAYOUTS.
 
-    Without classes, the huggingface layout is that of the base model. Raises ValueError for an
-    unknown layout or parameter, and for torchvision where it has no such network.
+    Without classes, huggingface's names have no prefix "convnext.", like those of its base model.
+    Raises ValueError for an unknown layout or parameter, and for a network that torchvision lacks.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
@@ -638,9 +634,10 @@ def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
             raise ValueError(f"{native} has no name in the layout {layout!r}")
         name = names[native]
         if layout == "huggingface" and "head.fc.weight" in state and "classifier" not in name:
-            name = f"convnext{'v2' * v2}.{name}"
-        pattern = next((pattern for part, pattern in shapes.items() if part in native), None)
-        exported[name] = rearrange(tensor, pattern) if pattern else tensor
+            name = ("convnextv2." if v2 else "convnext.") + name
+        for part, pattern in shapes.items():
+            tensor = rearrange(tensor, pattern) if part in native else tensor
+        exported[name] = tensor
     return exported
 
 
@@ -658,7 +655,7 @@ def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
             with zipfile.ZipFile(path) as archive:
                 if (member := archive.testzip()) is not None:
                     raise ValueError(f"it is damaged: the checksum of {member} differs")
-        # The authors' program also stores its arguments, a Namespace, which is plain data.
+        # The authors' training program also stores its arguments, a Namespace: plain data.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about TorchScript and old pickles, before the error
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -669,8 +666,9 @@ def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
         raise
     except Exception as error:  # a damaged file makes the readers raise anything
         # torch.load puts its reason into the middle of advice to load the file without safety.
-        reason = re.search(r"WeightsUnpickler error: *(.*)", str(error)) or [0, str(error).strip()]
-        raise ValueError(f"cannot read {path}: {reason[1].partition(chr(10))[0]}") from error
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+        reason = reason.splitlines()[0] if reason else type(error).__name__
+        raise ValueError(f"cannot read {path}: {reason}") from error
 
 
 DOWNLOADS = ("timm:", "hf:", "https:")
@@ -688,14 +686,14 @@ def download(source: str) -> tuple[Mapping, dict[str, Any]]:
 
         model = timm.create_model(name, pretrained=True)
         config = model.pretrained_cfg
-        crop_pct = None if config["crop_mode"] == "squash" else config["crop_pct"]
+        squashed = config["crop_mode"] == "squash"  # the whole image, without a crop
         return model.state_dict(), {"mean": list(config["mean"]), "std": list(config["std"]),
-                                    "img_size": config["input_size"][-1], "crop_pct": crop_pct}
+                                    "img_size": config["input_size"][-1],
+                                    "crop_pct": None if squashed else config["crop_pct"]}
     if kind == "https":
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]  # two addresses can end alike
+        file_name = hashlib.sha256(name.encode()).hexdigest()  # two addresses can end alike
         return torch.hub.load_state_dict_from_url(
-            source, map_location="cpu", weights_only=True,
-            file_name=f"{digest}-{Path(urlparse(source).path).name}"), {}
+            source, map_location="cpu", file_name=file_name, weights_only=True), {}
     from huggingface_hub import errors, hf_hub_download
 
     try:
@@ -716,10 +714,10 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
     """Read the weights of a ConvNeXt from a checkpoint in any layout. source: see load_weights.
 
     Training programs nest a state dict (`model`, `state_dict`, ...) and put prefixes before its
-    names (`module.`, `backbone.`, ...). What stands before the name of one certain parameter is cut
-    off everywhere, and what does not begin with it is not part of the network. Of several networks
-    an average of the weights ("ema") is taken, like timm does. Raises ValueError for anything but a
-    ConvNeXt, and what read_file and download raise.
+    names (`module.`, `backbone.`, ...). The prefix is whatever stands before the name of the first
+    pwconv1; entries without it are ignored. If there are several networks, the averaged one ("ema")
+    is chosen, like in timm. Raises ValueError for anything but a ConvNeXt, and what read_file and
+    download raise.
     """
     if isinstance(source, Weights):
         return source
@@ -735,20 +733,21 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
         for name, value in mapping.items():
             if isinstance(value, Mapping):
                 yield from flatten(value, f"{path}{name}.")
-            yield f"{path}{name}", value
+            else:
+                yield f"{path}{name}", value
 
     values, found = dict(flatten(content)), {}
     for layout in LAYOUTS:
         marker = name_map(layout)["stages.0.0.mlp.pwconv1.weight"]  # differs in each
         found |= {name.removesuffix(marker): layout for name in values
                   if f".{name}".endswith(f".{marker}")}
-    averages = [prefix for prefix in found if re.search(r"(?<![a-z])ema(?![a-z])", prefix)]
-    prefixes = averages or [*found]
-    if len(prefixes) != 1:
-        raise ValueError(f"these are several networks, {', '.join(prefixes)}: pass one of them"
-                         if found else f"these are no weights of a ConvNeXt ({[*values][:3]}, ...)")
-    prefix, layout = prefixes[0], found[prefixes[0]]
-    # In Hugging Face's layout only the backbone's names have this prefix, the classifier's do not.
+    averaged = [prefix for prefix in found if re.search(r"(?<![a-z])ema(?![a-z])", prefix)]
+    if not found:
+        raise ValueError(f"these are no weights of a ConvNeXt ({', '.join([*values][:3])}, ...)")
+    if len(prefixes := averaged or [*found]) > 1:
+        raise ValueError(f"these are several networks, {', '.join(prefixes)}: pass one of them")
+    layout, prefix = found[prefixes[0]], prefixes[0]
+    # In Hugging Face's layout the backbone's names have this prefix, the classifier's have not.
     prefix = re.sub(r"convnext(v2)?\.$", "", prefix)
     native_names, tensors = {name: native for native, name in name_map(layout).items()}, {}
     for name, tensor in values.items():
@@ -767,8 +766,8 @@ class Report(NamedTuple):
     """What load_weights did, with native names."""
 
     loaded: list[str]
-    kept: list[str]  # parameters that stayed as they were in the model, and why
-    left_out: list[str]  # tensors of the source that the model has no place for
+    kept: list[str]  # parameters of the model that kept their values
+    left_out: list[str]  # tensors of the source for which the model has no place
 
 
 def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
@@ -778,55 +777,51 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
     source: a state dict, the path of a .safetensors, .pt, .pth or .bin file, the https address of
     a .pt or .pth file, timm:NAME, hf:REPO, or what read_weights returned; in any of the LAYOUTS.
 
-    The model keeps its classifier if the source has none or one for another number of classes, its
-    stem if the source's has other patches or channels (neither if `strict`), and its last norm if
-    the source has no head at all; a warning says so. If anything else does not fit, ValueError
-    names it and the model stays unchanged. For further errors see read_weights.
+    The model keeps its classifier if the source has none or one for another number of classes, and
+    its stem if the source's has other patches or channels; strict=True forbids both. It keeps its
+    last norm if the source has no head at all. A warning says so. If anything else does not fit,
+    ValueError names it and the model stays unchanged. For further errors see read_weights.
     """
     model, tensors = unwrapped(model), read_weights(source).tensors
-    state, stem, classifier = model.state_dict(), "downsample_layers.0.0.", "head.fc."
+    state, stem = model.state_dict(), "downsample_layers.0.0."
 
-    def shape(name: str, place: Mapping[str, Tensor]) -> str:
+    def shape(place: Mapping[str, Tensor], name: str) -> str:
         return str(tuple(place[name].shape)) if name in place else "missing"
 
-    misfits = {name: f"{name} ({shape(name, tensors)} in the source, {shape(name, state)} in the "
-               "model)" for name in state | tensors if shape(name, tensors) != shape(name, state)}
-    keep = [] if any(name.startswith("head.") for name in tensors) else ["head.norm."]
-    if not strict and f"{classifier}weight" in misfits:
-        keep.append(classifier)
-    if not strict and f"{stem}weight" in misfits and f"{stem}weight" in tensors:
-        keep.append(stem)
-    report = Report(
-        [name for name in state if not name.startswith(tuple(keep))],
-        [misfits.get(name, name) for name in state if name.startswith(tuple(keep))],
-        [name for name in tensors if name not in state])
-    if wrong := [text for name, text in misfits.items() if not name.startswith(tuple(keep))]:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"these weights do not fit the model: {', '.join(wrong[:3])}{more}")
+    misfits = [name for name in state | tensors if shape(state, name) != shape(tensors, name)]
+    may_stay = {"head.norm.": not any(name.startswith("head.") for name in tensors),
+                "head.fc.": not strict, stem: not strict and f"{stem}weight" in tensors}
+    stays = tuple(part for part, may in may_stay.items() if may and f"{part}weight" in misfits)
+    if wrong := [name for name in misfits if not name.startswith(stays)]:
+        details = [f"{name} is {shape(tensors, name)} in the weights, {shape(state, name)} in the "
+                   "model" for name in wrong[:3]]
+        raise ValueError(f"{len(wrong)} parameters do not fit: {'; '.join(details)}")
+    report = Report([name for name in state if not name.startswith(stays)],
+                    [name for name in state if name.startswith(stays)],
+                    [name for name in tensors if name not in state])
     model.load_state_dict({name: tensors[name] for name in report.loaded}, strict=False)
     if report.kept or report.left_out:
-        warnings.warn(f"the model kept its own {', '.join(report.kept) or 'nothing'}; left out: "
-                      f"{', '.join(report.left_out) or 'nothing'}", stacklevel=2)
+        warnings.warn(f"the model kept its own {', '.join(report.kept) or 'values nowhere'}; "
+                      f"left out: {', '.join(report.left_out) or 'nothing'}", stacklevel=2)
     return report
 
 
 def infer_architecture(weights: Weights) -> dict[str, Any]:
     """Derive create_convnext's arguments from the tensors; ValueError if they are no variant's."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
-    stem, *filters = (shapes.get(name, ()) for name in (
-        "downsample_layers.0.0.weight", *(f"stages.{s}.0.dwconv.weight" for s in range(4))))
-    if any(len(shape) != 4 for shape in (stem, *filters)):
-        raise ValueError("the stem or a stage is missing, or has filters without four axes")
-    depths = tuple(sum(name.startswith(f"stages.{s}.") and name.endswith(".dwconv.weight")
-                       for name in shapes) for s in range(4))
-    network = (depths, tuple(shape[0] for shape in filters), "stages.0.0.mlp.grn.gamma" in shapes)
-    variant = next((name for name, (depths, dims, _, grn) in VARIANTS.items()
-                    if (depths, dims, grn) == network), None)
-    if variant is None:
+    tensors = weights.tensors
+    filters = [tensors.get(f"stages.{s}.0.dwconv.weight") for s in range(4)]
+    stem = tensors.get("downsample_layers.0.0.weight")
+    if any(tensor is None or tensor.ndim != 4 for tensor in (stem, *filters)):
+        raise ValueError("the stem or a stage is missing, or has no filters with four axes")
+    stages = [name.split(".")[1] for name in tensors if name.endswith(".dwconv.weight")]
+    network = (tuple(stages.count(s) for s in "0123"), tuple(map(len, filters)),
+               "stages.0.0.mlp.grn.gamma" in tensors)
+    variants = {(depths, dims, grn): name for name, (depths, dims, _, grn) in VARIANTS.items()}
+    if network not in variants:
         raise ValueError("no variant has {} blocks of {} channels and GRN {}".format(*network))
-    return {"variant": variant, "in_channels": stem[1], "patch_size": stem[2],
-            "num_classes": shapes.get("head.fc.weight", (0,))[0],
-            "layer_scale": 1e-6 if "stages.0.0.layer_scale.gamma" in shapes else 0.0}
+    return {"variant": variants[network], "in_channels": stem.shape[1],
+            "patch_size": stem.shape[2], "num_classes": len(tensors.get("head.fc.weight", ())),
+            "layer_scale": 1e-6 if "stages.0.0.layer_scale.gamma" in tensors else 0.0}
 
 
 def from_checkpoint(source: Weights | Mapping | str | PathLike) -> ConvNeXt:
@@ -839,12 +834,12 @@ def from_checkpoint(source: Weights | Mapping | str | PathLike) -> ConvNeXt:
     with torch.device("meta"):  # draws no random numbers that would be overwritten at once
         model = create_convnext(**infer_architecture(weights))
     model.to_empty(device="cpu")
-    model.head.norm.reset_parameters()  # a backbone has none
+    model.head.norm.reset_parameters()  # a backbone has no last norm to load
     load_weights(model, weights, strict=True)
     return model.eval()
 
 
-# --- Part 4. Faster on a CPU: the same function. Nothing new about ConvNeXt follows ---------------
+# --- Part 4. Faster on a CPU, with the same results. Nothing new about ConvNeXt follows -----------
 
 
 def speed_up(model: nn.Module) -> nn.Module:
@@ -854,10 +849,10 @@ def speed_up(model: nn.Module) -> nn.Module:
     layer was changed by hand (its stride, padding, dilation, forward, ...), and on a GPU, in
     evaluation and in an export, PyTorch's own convolution runs.
     """
+    fast = {DepthwiseConv: FastDepthwiseConv, Patchify: FastPatchify}
     for module in model.modules():
-        for plain, fast in ((DepthwiseConv, FastDepthwiseConv), (Patchify, FastPatchify)):
-            if type(module) is plain and plain.forward is nn.Conv2d.forward:
-                module.__class__ = fast
+        if type(module) in fast and type(module).forward is nn.Conv2d.forward:  # as it is above
+            module.__class__ = fast[type(module)]
     return model
 
 
@@ -901,7 +896,7 @@ class FastDepthwiseConv(DepthwiseConv):
         k, r, dim = self.kernel_size[0], self.kernel_size[0] // 2, self.in_channels
         if not can_be_faster(self, x, dim, (k, k), (1, 1), (r, r), (1, 1), dim) or k % 2 == 0:
             return super().forward(x)
-        if torch.is_autocast_enabled("cpu"):  # autocast does not know functions with a backward
+        if torch.is_autocast_enabled("cpu"):  # which does not convert inputs of our own functions
             x = x.to(torch.get_autocast_dtype("cpu"))
         return DepthwiseGradient.apply(x, self.weight, self.bias)
 
@@ -912,10 +907,11 @@ class DepthwiseGradient(torch.autograd.Function):
         ∂L/∂x[c, i, j] = Σ_{u,v} W[c, u, v] · g[c, i - u + 3, j - v + 3],     g = ∂L/∂y
         ∂L/∂W[c, u, v] = Σ_b Σ_{i,j} g[b, c, i, j] · x[b, c, i + u - 3, j + v - 3]
 
-    The first convolves g with W turned by 180 degrees. In the second g is the filter, as large as
-    the map, and moves over x to only 7x7 places; samples mix only in the sum over b, so the batch
-    is one image of b·c channels. PyTorch's kernel for such a convolution is several times faster
-    than its kernel for this gradient (README.md has figures). x: (b, c, h, w), W: (c, 1, k, k).
+    The first convolves g with W turned by 180 degrees. In the second, g is the filter: as large as
+    the map, it moves over x to only 7x7 places. Each channel of each sample has a filter of its
+    own, so all of them lie side by side as b·c channels of one image; the sum over b comes last.
+    PyTorch's kernel for such a convolution is several times faster than its kernel for this
+    gradient (README.md has figures). x: (b, c, h, w), W: (c, 1, k, k), bias: (c,).
     """
 
     generate_vmap_rule = True  # for torch.func
@@ -942,18 +938,13 @@ class DepthwiseGradient(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = F.conv2d(g, weight.to(g.dtype).flip(2, 3), padding=radius, groups=c)
         if ctx.needs_input_grad[1]:
-            # Weights that lie further from the centre than the map is wide only ever meet zeros.
-            reach = min(radius, h - 1), min(radius, w - 1)
-            grad_weight = weight.new_zeros(c, *(2 * r + 1 for r in reach))
-            at_once = max(1, 2**20 // (c * h * w))  # samples, about as many as fit into the cache
-            for xs, gs in zip(x.split(at_once), g.split(at_once)):
+            grad_weight = torch.zeros_like(weight)
+            at_once = max(1, 2**20 // (c * h * w))  # samples: about what fits into a CPU's cache
+            for xs, gs in zip(x.split(at_once), g.split(at_once), strict=True):
                 xs = rearrange(xs, "b c h w -> 1 (b c) h w")
                 gs = rearrange(gs, "b c h w -> (b c) 1 h w")
-                part = F.conv2d(xs, gs, padding=reach, groups=len(gs))
-                part = rearrange(part, "1 (b c) u v -> b c u v", c=c)
-                grad_weight = grad_weight + part.sum(0, dtype=weight.dtype)
-            top, left = (radius - r for r in reach)
-            grad_weight = F.pad(grad_weight[:, None], (left, left, top, top))
+                part = F.conv2d(xs, gs, padding=radius, groups=len(gs)).to(weight.dtype)
+                grad_weight = grad_weight + reduce(part, "1 (b c) u v -> c 1 u v", "sum", c=c)
         return grad_x, grad_weight, reduce(g, "b c h w -> c", "sum")
 
 
@@ -963,8 +954,7 @@ def fold_layer_scale(model: nn.Module) -> nn.Module:
 
         γ ⊙ (W·x + b) = (γ ⊙ W)·x + γ ⊙ b
 
-    The logits stay the same, and inference saves a pass over memory per block. Training would go on
-    differently, since γ is no longer a parameter.
+    The logits stay the same and inference is faster. Training would go on differently without γ.
     """
     for block in model.modules():
         if isinstance(block, Block) and isinstance(block.layer_scale, LayerScale):
