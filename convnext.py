@@ -33,7 +33,7 @@ doubles as the shape comment: b = batch, c = channels, h, w = height and width. 
 feature map is (b, c, h, w); inside a block, after the depthwise convolution, it is (b, h, w, c).
 
 The network computes what the authors' code does (https://github.com/facebookresearch/ConvNeXt),
-and is initialised like it. `patch_size` is an addition, since 4x4 patches leave small images too few
+and is initialised like it. `patch_size` is an addition: 4x4 patches leave small images too few
 positions. Each idea is a module of its own, so their `pwconv1` is `mlp.pwconv1` here.
 """
 
@@ -328,8 +328,8 @@ class ConvNeXt(nn.Module):
         """(b, in_channels, h, w) -> the last stage's map, (b, dims[-1], h / 32, w / 32).
 
         With smaller patches the map is larger: h / 16 at patch size 2. Sizes that are no multiple
-        of the stride are rounded down. Raises ValueError for a wrong number of axes or channels, and for an
-        image that is smaller than the total stride.
+        of the stride are rounded down. Raises ValueError for a wrong number of axes or channels,
+        and for an image that is smaller than the total stride.
         """
         self._check(x)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
@@ -563,8 +563,8 @@ def road_table() -> Iterator[str]:
 
 # The authors (Meta), timm, torchvision and Hugging Face's transformers store the same network under
 # different names. The columns are in the order of LAYOUTS: "=" is the name in the first column and
-# "-" does not exist. {s} is the stage from 0 to 3, {d} = 2·s, {e} = 2·s + 1, {b} is the block in the
-# stage. A row that begins with a dot continues the names in BLOCK.
+# "-" does not exist. {s} is the stage from 0 to 3, {d} = 2·s, {e} = 2·s + 1, and {b} is the block.
+# A row that begins with a dot continues the names in BLOCK.
 LAYOUTS = ("native", "meta", "timm", "torchvision", "huggingface")
 BLOCK = ("stages.{s}.{b}", "stages.{s}.{b}", "stages.{s}.blocks.{b}", "features.{e}.{b}",
          "encoder.stages.{s}.layers.{b}")
