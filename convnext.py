@@ -353,7 +353,8 @@ class ConvNeXt(nn.Module):
     def _check(self, x: Tensor) -> None:
         # Ask the layers themselves, since a user may have replaced the stem.
         convolutions = [m for m in self.downsample_layers.modules() if isinstance(m, nn.Conv2d)]
-        channels, stride = convolutions[0].in_channels, math.prod(m.stride[0] for m in convolutions)
+        channels = convolutions[0].in_channels
+        stride = math.prod([m.stride[0] for m in convolutions])  # torch.compile wants a list
         if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < stride:
             raise ValueError(
                 f"images must be (b, {channels}, h, w) with h and w {stride} or more (the total "
@@ -658,6 +659,10 @@ def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
             with zipfile.ZipFile(path) as archive:
                 if (member := archive.testzip()) is not None:
                     raise ValueError(f"it is damaged: the checksum of {member} differs")
+        else:
+            with open(path, "rb") as file:
+                if (start := file.read(24))[:1] not in (b"\x80", b"P"):  # older files, cut archives
+                    raise ValueError(f"it is no checkpoint, it begins with {start}")
         # The authors' program also stores its arguments, a Namespace, which is plain data.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about TorchScript and old pickles, before the error
@@ -669,8 +674,9 @@ def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
         raise
     except Exception as error:  # a damaged file makes the readers raise anything
         # torch.load puts its reason into the middle of advice to load the file without safety.
-        reason = re.search(r"WeightsUnpickler error: *(.*)", str(error)) or [0, str(error).strip()]
-        raise ValueError(f"cannot read {path}: {reason[1].partition(chr(10))[0]}") from error
+        reason = re.search(r"(.*)\n+Check the documentation", str(error)) or [0, str(error)]
+        line = reason[1].strip().partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"cannot read {path}: {line or type(error).__name__}") from error
 
 
 DOWNLOADS = ("timm:", "hf:", "https:")
@@ -693,9 +699,12 @@ def download(source: str) -> tuple[Mapping, dict[str, Any]]:
                                     "img_size": config["input_size"][-1], "crop_pct": crop_pct}
     if kind == "https":
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]  # two addresses can end alike
-        return torch.hub.load_state_dict_from_url(
-            source, map_location="cpu", weights_only=True,
-            file_name=f"{digest}-{Path(urlparse(source).path).name}"), {}
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        path = folder / f"{digest}-{Path(urlparse(source).path).name}"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(source, str(path))
+        return read_file(path)[0], {}
     from huggingface_hub import errors, hf_hub_download
 
     try:
@@ -748,8 +757,8 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
         raise ValueError(f"these are several networks, {', '.join(prefixes)}: pass one of them"
                          if found else f"these are no weights of a ConvNeXt ({[*values][:3]}, ...)")
     prefix, layout = prefixes[0], found[prefixes[0]]
-    # In Hugging Face's layout only the backbone's names have this prefix, the classifier's do not.
-    prefix = re.sub(r"convnext(v2)?\.$", "", prefix)
+    if layout == "huggingface":  # there the classifier's names are without the backbone's prefix
+        prefix = re.sub(r"convnext(v2)?\.$", "", prefix)
     native_names, tensors = {name: native for native, name in name_map(layout).items()}, {}
     for name, tensor in values.items():
         if name.startswith(prefix) and isinstance(tensor, Tensor) and tensor.is_floating_point():
@@ -775,8 +784,8 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
                  strict: bool = False) -> Report:
     """Copy weights into the model, in place.
 
-    source: a state dict, the path of a .safetensors, .pt, .pth or .bin file, the https address of
-    a .pt or .pth file, timm:NAME, hf:REPO, or what read_weights returned; in any of the LAYOUTS.
+    source: a state dict, the path or the https address of a .safetensors, .pt, .pth or .bin file,
+    timm:NAME, hf:REPO, or what read_weights returned; in any of the LAYOUTS.
 
     The model keeps its classifier if the source has none or one for another number of classes, its
     stem if the source's has other patches or channels (neither if `strict`), and its last norm if
@@ -825,7 +834,7 @@ def infer_architecture(weights: Weights) -> dict[str, Any]:
     if variant is None:
         raise ValueError("no variant has {} blocks of {} channels and GRN {}".format(*network))
     return {"variant": variant, "in_channels": stem[1], "patch_size": stem[2],
-            "num_classes": shapes.get("head.fc.weight", (0,))[0],
+            "num_classes": (*shapes.get("head.fc.weight", ()), 0)[0],
             "layer_scale": 1e-6 if "stages.0.0.layer_scale.gamma" in shapes else 0.0}
 
 
@@ -852,11 +861,11 @@ def speed_up(model: nn.Module) -> nn.Module:
 
     The layers keep their parameters, names and hooks, and compute the same up to rounding. Where a
     layer was changed by hand (its stride, padding, dilation, forward, ...), and on a GPU, in
-    evaluation and in an export, PyTorch's own convolution runs.
+    evaluation, torch.compile and exports, PyTorch's own convolution runs.
     """
     for module in model.modules():
         for plain, fast in ((DepthwiseConv, FastDepthwiseConv), (Patchify, FastPatchify)):
-            if type(module) is plain and plain.forward is nn.Conv2d.forward:
+            if type(module) is plain:
                 module.__class__ = fast
     return model
 
@@ -870,11 +879,13 @@ if torch.backends.mkldnn.is_available():
 
 def can_be_faster(layer: nn.Conv2d, x: Tensor, *settings: Any) -> bool:
     """Tell whether the layer has these settings, and gradients are recorded on a CPU."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    return (x.device.type == "cpu" and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0
+    edited = not DepthwiseConv.forward is Patchify.forward is nn.Conv2d.forward
+    return (not edited and x.device.type == "cpu" and dtype in FAST_DTYPES
+            and x.ndim == 4 and x.numel() > 0
             and layer.bias is not None and layer.padding_mode == "zeros"
             and settings == (layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
                              layer.dilation, layer.groups))
