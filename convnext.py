@@ -40,6 +40,7 @@ positions. Each idea is a module of its own, so their `pwconv1` is `mlp.pwconv1`
 import argparse
 import hashlib
 import math
+import os
 import re
 import warnings
 import zipfile
@@ -350,7 +351,8 @@ class ConvNeXt(nn.Module):
     def _check(self, x: Tensor) -> None:
         # Ask the layers themselves, since a user may have replaced the stem.
         convolutions = [m for m in self.downsample_layers.modules() if isinstance(m, nn.Conv2d)]
-        channels, stride = convolutions[0].in_channels, math.prod(m.stride[0] for m in convolutions)
+        channels = convolutions[0].in_channels
+        stride = math.prod([m.stride[0] for m in convolutions])  # torch.compile wants a list
         if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < stride:
             raise ValueError(
                 f"images must be (b, {channels}, h, w) with h and w {stride} or more (the total "
@@ -655,6 +657,10 @@ def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
             with zipfile.ZipFile(path) as archive:
                 if (member := archive.testzip()) is not None:
                     raise ValueError(f"it is damaged: the checksum of {member} differs")
+        else:
+            with open(path, "rb") as file:
+                if (start := file.read(24))[:1] not in (b"\x80", b"P"):  # a pickle, a cut archive
+                    raise ValueError(f"it is no checkpoint, since it begins with {start}")
         # The authors' training program also stores its arguments, a Namespace: plain data.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about TorchScript and old pickles, before the error
@@ -666,9 +672,9 @@ def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
         raise
     except Exception as error:  # a damaged file makes the readers raise anything
         # torch.load puts its reason into the middle of advice to load the file without safety.
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-        reason = reason.splitlines()[0] if reason else type(error).__name__
-        raise ValueError(f"cannot read {path}: {reason}") from error
+        reason = re.search(r"(.*)\n+Check the documentation", str(error)) or [0, str(error)]
+        line = reason[1].strip().partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"cannot read {path}: {line or type(error).__name__}") from error
 
 
 DOWNLOADS = ("timm:", "hf:", "https:")
@@ -691,9 +697,13 @@ def download(source: str) -> tuple[Mapping, dict[str, Any]]:
                                     "img_size": config["input_size"][-1],
                                     "crop_pct": None if squashed else config["crop_pct"]}
     if kind == "https":
-        file_name = hashlib.sha256(name.encode()).hexdigest()  # two addresses can end alike
-        return torch.hub.load_state_dict_from_url(
-            source, map_location="cpu", file_name=file_name, weights_only=True), {}
+        file_name = name.partition("?")[0].rpartition("/")[2]  # two addresses can have the same
+        file_name = f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-{file_name}"
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", file_name)
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(source, path)
+        return read_file(path)[0], {}
     from huggingface_hub import errors, hf_hub_download
 
     try:
@@ -747,8 +757,8 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
     if len(prefixes := averaged or [*found]) > 1:
         raise ValueError(f"these are several networks, {', '.join(prefixes)}: pass one of them")
     layout, prefix = found[prefixes[0]], prefixes[0]
-    # In Hugging Face's layout the backbone's names have this prefix, the classifier's have not.
-    prefix = re.sub(r"convnext(v2)?\.$", "", prefix)
+    if layout == "huggingface":  # there the classifier's names are without the backbone's prefix
+        prefix = re.sub(r"convnext(v2)?\.$", "", prefix)
     native_names, tensors = {name: native for native, name in name_map(layout).items()}, {}
     for name, tensor in values.items():
         if name.startswith(prefix) and isinstance(tensor, Tensor) and tensor.is_floating_point():
@@ -774,8 +784,8 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
                  strict: bool = False) -> Report:
     """Copy weights into the model, in place.
 
-    source: a state dict, the path of a .safetensors, .pt, .pth or .bin file, the https address of
-    a .pt or .pth file, timm:NAME, hf:REPO, or what read_weights returned; in any of the LAYOUTS.
+    source: a state dict, the path or the https address of a .safetensors, .pt, .pth or .bin file,
+    timm:NAME, hf:REPO, or what read_weights returned; in any of the LAYOUTS.
 
     The model keeps its classifier if the source has none or one for another number of classes, and
     its stem if the source's has other patches or channels; strict=True forbids both. It keeps its
@@ -847,11 +857,11 @@ def speed_up(model: nn.Module) -> nn.Module:
 
     The layers keep their parameters, names and hooks, and compute the same up to rounding. Where a
     layer was changed by hand (its stride, padding, dilation, forward, ...), and on a GPU, in
-    evaluation and in an export, PyTorch's own convolution runs.
+    evaluation and exports, PyTorch's own convolution runs.
     """
     fast = {DepthwiseConv: FastDepthwiseConv, Patchify: FastPatchify}
     for module in model.modules():
-        if type(module) in fast and type(module).forward is nn.Conv2d.forward:  # as it is above
+        if type(module) in fast:
             module.__class__ = fast[type(module)]
     return model
 
@@ -869,8 +879,9 @@ def can_be_faster(layer: nn.Conv2d, x: Tensor, *settings: Any) -> bool:
         return False
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    edited = type(layer).__base__.forward is not nn.Conv2d.forward
     return (x.device.type == "cpu" and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0
-            and layer.bias is not None and layer.padding_mode == "zeros"
+            and not edited and layer.bias is not None and layer.padding_mode == "zeros"
             and settings == (layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
                              layer.dilation, layer.groups))
 
@@ -898,7 +909,8 @@ class FastDepthwiseConv(DepthwiseConv):
             return super().forward(x)
         if torch.is_autocast_enabled("cpu"):  # which does not convert inputs of our own functions
             x = x.to(torch.get_autocast_dtype("cpu"))
-        return DepthwiseGradient.apply(x, self.weight, self.bias)
+        gradient = DepthwiseGradient if torch.compiler.is_compiling() else DepthwiseTangent
+        return gradient.apply(x, self.weight, self.bias)
 
 
 class DepthwiseGradient(torch.autograd.Function):
@@ -926,12 +938,6 @@ class DepthwiseGradient(torch.autograd.Function):
         ctx.save_for_forward(*inputs[:2])
 
     @staticmethod
-    def jvp(ctx: Any, x_t: Tensor, weight_t: Tensor, bias_t: Tensor) -> Tensor:
-        x, weight = ctx.saved_tensors
-        product_rule = DepthwiseGradient.forward(x_t, weight, bias_t)
-        return product_rule + DepthwiseGradient.forward(x, weight_t, None)
-
-    @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         (x, weight), grad_x, grad_weight = ctx.saved_tensors, None, None
         radius, (c, h, w) = weight.shape[-1] // 2, x.shape[1:]
@@ -946,6 +952,16 @@ class DepthwiseGradient(torch.autograd.Function):
                 part = F.conv2d(xs, gs, padding=radius, groups=len(gs)).to(weight.dtype)
                 grad_weight = grad_weight + reduce(part, "1 (b c) u v -> c 1 u v", "sum", c=c)
         return grad_x, grad_weight, reduce(g, "b c h w -> c", "sum")
+
+
+class DepthwiseTangent(DepthwiseGradient):
+    """The same, with forward-mode derivatives for torch.func.jvp, which torch.compile refuses."""
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Tensor, weight_t: Tensor, bias_t: Tensor) -> Tensor:
+        x, weight = ctx.saved_tensors
+        product_rule = DepthwiseGradient.forward(x_t, weight, bias_t)
+        return product_rule + DepthwiseGradient.forward(x, weight_t, None)
 
 
 @torch.no_grad()
