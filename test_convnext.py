@@ -651,7 +651,7 @@ def test_wrapped_and_prefixed_weights(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # nothing was left out
             assert torch.equal(from_checkpoint(tmp_path / "file.pth")(x), model(x))
-    with pytest.raises(ValueError, match="several networks, teacher.module., student.: pass one of them"):
+    with pytest.raises(ValueError, match="several networks, teacher.module., student.: "):
         from_checkpoint({"student": timms, "teacher": prefixed("module.", meta_)})
     dense = prefixed("backbone.", meta_ | {"norm0.weight": torch.ones(40)})
     with pytest.raises(ValueError, match=r"fit the model: norm0.weight \(\(40,\) in the source, m"):
