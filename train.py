@@ -9,18 +9,9 @@
     python train.py --eval-only CHECKPOINT            # only measure the accuracy
 
 The default recipe is the paper's for ImageNet (table 5), adapted to a hundred epochs of 32x32
-images; README.md lists the differences and the measurements behind them. The file begins with what
-learns, 1 to 4; the rest brings the images, keeps the files and reads the command line:
-
-    1 Recipe          every setting with its default, and the named recipes
-    2 Augmentation    a batch of bytes -> what the network sees
-    3 Optimisation    learning rate, weight decay, optimisers, loss
-    4 Training        the step, the epoch, the evaluation
-    5 RandAugment     its fifteen operations
-    6 Data            folders and data sets -> batches of bytes
-    7 Weights         files and downloads -> weights, and what is known about them
-    8 Run             its state, its folder, its log
-    9 Command line    settings in their order of precedence; main
+images; README.md lists the differences and the measurements behind them. Sections 1 to 4 are what
+learns: the recipe, augmentation, optimisation, and the step, the epoch and the evaluation. The rest
+serves them: 5 RandAugment's operations, 6 data, 7 weights, 8 the run, 9 the command line.
 """
 
 import argparse
@@ -33,26 +24,25 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
+import torchvision.datasets
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -62,112 +52,92 @@ from tqdm import tqdm
 
 import convnext
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 # --- 1. Recipe ----------------------------------------------------------------------------------
 
-
-def setting(default: Any, help_: str, **about: Any) -> Any:
-    """A field of Recipe. `about`: its limits (least, above, most, below or choices), a short flag
-    (also), and the title of the group of flags that it begins (group)."""
-    return field(default=default, metadata={"help": help_, **about})
-
+def setting(default: Any, help_: str, allowed: str | tuple = "", **more: Any) -> Any:
+    """A field of Recipe. `allowed`: the words or the interval to choose from; [0, 1) excludes 1."""
+    return field(default=default, metadata={"help": help_, "allowed": allowed, **more})
 
 @dataclass
 class Recipe:
-    """Every setting with its default. Each is a flag: `batch_size` is --batch-size."""
+    """Every setting. Each is a flag: batch_size is --batch-size. `complete` checks the values."""
 
-    dataset: str = setting("cifar10", "images to train on", group="data", choices=(
-        "cifar10", "cifar100", "food101", "imagenet", "folder", "synthetic"))
-    data_dir: str = setting("data", "place of the data set. For --dataset folder it holds train/ "
-                            "and test/ (or val/), each with one folder per class")
-    img_size: int = setting(32, "side of the images in pixels. Up to 64x64 they are kept in memory,"
-                            " else read in each epoch. With --init-from: the size of its images",
-                            least=1)
+    dataset: str = setting("cifar10", "images to train on", (
+        "cifar10", "cifar100", "food101", "imagenet", "folder", "synthetic"), group="data")
+    data_dir: str = setting("data", "place of the data set; for folder: of train/ and test/ (or "
+                            "val/), each with one folder per class")
+    img_size: int = setting(32, "side of the images in pixels; up to 64 they are kept in memory. "
+                            "With --init-from: the side that its network expects", "[1, inf)")
     crop_pct: float | None = setting(
-        None, "side of the square to evaluate on, as a share of the image's shorter side, above "
-        "64x64. Default: 0.875; from 384x384 the whole image, squeezed", above=0, most=1)
-    val_size: int = setting(0, "training images to hold out; they choose best.pt", least=0)
-    skip_bad: bool = setting(False, "leave out images that cannot be read, instead of stopping")
-    workers: int = setting(min(8, os.cpu_count() or 1), "processes that read images", least=0,
-                           also="-j")
+        None, "share of the shorter side to evaluate on, if above 64 pixels. Default: 0.875; from "
+        "384 pixels on the whole image, squeezed into a square", "(0, 1]")
+    val_size: int = setting(0, "training images to hold out; they choose best.pt", "[0, inf)")
+    skip_bad: bool = setting(False, "leave out images that cannot be read")
+    workers: int = setting(
+        min(8, os.cpu_count() or 1), "processes that read images", "[0, inf)", short="-j")
 
-    crop_padding: int = setting(4, "largest shift of an image of up to 64x64, in pixels", least=0,
+    crop_padding: int = setting(4, "largest shift of an image, if up to 64 pixels", "[0, inf)",
                                 group="augmentation (0 turns a part off)")
-    crop_scale: float = setting(0.08, "smallest area of a random crop, above 64x64, as a share of "
-                                "the image", least=0, most=1)
-    flip: float = setting(0.5, "probability of a mirror image", least=0, most=1)
-    rand_augment: float = setting(9.0, "strength of RandAugment", least=0, most=10)
-    random_erase: float = setting(0.25, "probability of an erased rectangle", least=0, most=1)
-    mixup: float = setting(0.8, "alpha of MixUp", least=0)
-    cutmix: float = setting(1.0, "alpha of CutMix", least=0)
-    mix_prob: float = setting(1.0, "probability that a batch is mixed", least=0, most=1)
+    crop_scale: float = setting(0.08, "least area of a random crop, if above 64 pixels", "[0, 1]")
+    flip: float = setting(0.5, "probability of a mirror image", "[0, 1]")
+    rand_augment: float = setting(9.0, "strength of RandAugment", "[0, 10]")
+    random_erase: float = setting(0.25, "probability of an erased rectangle", "[0, 1]")
+    mixup: float = setting(0.8, "alpha of MixUp", "[0, inf)")
+    cutmix: float = setting(1.0, "alpha of CutMix", "[0, inf)")
+    mix_prob: float = setting(1.0, "probability that a batch is mixed", "[0, 1]")
     mix_off_epochs: int | None = setting(
-        None, "last epochs, in which no batch is mixed. Default: a tenth of the run", least=0)
-    start_size: int = setting(0, "shrink the images to this side at the start of the run", least=0)
-    start_share: float = setting(0.5, "share of the epochs at --start-size", least=0, most=1)
+        None, "epochs at the end without mixing. Default: a tenth of the run", "[0, inf)")
+    start_size: int = setting(0, "side to shrink images to in the first epochs", "[0, inf)")
+    start_share: float = setting(0.5, "share of the epochs at --start-size", "[0, 1]")
 
-    variant: str = setting("tiny", "size of the network", group="network", also="--model",
-                           choices=tuple(convnext.VARIANTS))
+    variant: str = setting(
+        "tiny", "size of the network", tuple(convnext.VARIANTS), short="--model", group="network")
     # The paper has 4 and 1e-6. At 32x32 both of these learn faster; README.md has the tables.
-    patch_size: int = setting(2, "side of the stem's patches", choices=(1, 2, 4))
+    patch_size: int = setting(2, "side of the stem's patches", (1, 2, 4))
     layer_scale: float | None = setting(
-        None, "initial value of LayerScale; 0: none. Default: 0.1, and none in V2", least=0)
-    drop_path: float = setting(0.1, "stochastic depth: probability to skip the last block; it "
-                               "rises from 0 at the first", least=0, below=1)
-    init: str = setting("paper", "initial weights: of standard deviation 0.02, or fan-in: larger "
-                        "in narrow layers, so that small networks learn sooner",
-                        choices=("paper", "fan-in"))
-    head_init_scale: float = setting(1.0, "factor on the classifier's initial weights", least=0)
+        None, "initial LayerScale; 0: none. Default: 0.1, none for V2", "[0, inf)")
+    drop_path: float = setting(0.1, "stochastic depth: chance to skip the last block", "[0, 1)")
+    init: str = setting("paper", "initial weights; fan-in: larger in narrow layers, with which "
+                        "small networks learn sooner", ("paper", "fan-in"))
+    head_init_scale: float = setting(1.0, "factor on the classifier's initial weights", "[0, inf)")
 
     init_from: str | None = setting(
         None, "begin with these weights: a file, an https address, timm:NAME or hf:REPO, in the "
-        "layout of Meta, timm, torchvision, Hugging Face or this program", group="pretrained")
+        "layout of Meta, timm, torchvision, Hugging Face or this program", group="other networks")
     freeze_backbone: bool = setting(False, "train the classifier alone")
-    teacher: str | None = setting(None, "learn from this network's outputs, too (distillation); "
-                                  "takes what --init-from takes")
-    distill_alpha: float = setting(0.5, "the teacher's share of the loss", least=0, most=1)
-    distill_temperature: float = setting(2.0, "divisor of both networks' logits", above=0)
+    teacher: str | None = setting(None, "learn from this network's outputs, too (distillation)")
+    distill_alpha: float = setting(0.5, "the teacher's share of the loss", "[0, 1]")
+    distill_temperature: float = setting(2.0, "divisor of both networks' logits", "(0, inf)")
 
-    epochs: int = setting(100, "passes over the training images", least=1, group="optimisation")
-    batch_size: int = setting(128, "images per step", least=1, also="-b")
-    accumulate: int = setting(1, "parts per step: the same step in less memory", least=1)
-    optimizer: str = setting("adamw", "muon: Muon for the matrices of the blocks, AdamW for the "
-                             "rest", choices=("adamw", "muon"))
-    lr: float = setting(1e-3, "highest learning rate", above=0)
-    muon_lr: float = setting(0.02, "highest learning rate of Muon's matrices", above=0)
-    min_lr: float = setting(1e-6, "last learning rate; Muon's falls in proportion", least=0)
-    schedule: str = setting("cosine", "fall of the learning rate", choices=("cosine", "linear"))
+    epochs: int = setting(100, "passes over the images", "[1, inf)", group="optimisation")
+    batch_size: int = setting(128, "images per step", "[1, inf)", short="-b")
+    accumulate: int = setting(1, "parts of a step: the same in less memory", "[1, inf)")
+    optimizer: str = setting("adamw", "muon: for the matrices of the blocks", ("adamw", "muon"))
+    lr: float = setting(1e-3, "highest learning rate", "(0, inf)")
+    muon_lr: float = setting(0.02, "highest learning rate of Muon", "(0, inf)")
+    min_lr: float = setting(1e-6, "last learning rate; Muon's in proportion", "[0, inf)")
+    schedule: str = setting("cosine", "how the learning rate falls", ("cosine", "linear"))
     warmup_epochs: float | None = setting(
-        None, "epochs in which the learning rate rises. Default: a twentieth of the run", least=0)
-    layer_decay: float = setting(1.0, "factor on the learning rate from each layer to the one "
-                                 "before", above=0, most=1)
-    beta2: float = setting(0.999, "decay rate of AdamW's squared gradients", least=0, below=1)
-    weight_decay: float = setting(0.05, "of matrices and filters", least=0, also="--wd")
-    label_smoothing: float = setting(0.1, "part of each label given to all classes", least=0,
-                                     below=1)
-    clip_grad: float = setting(0.0, "largest norm of the gradient; 0: no limit", least=0)
-    ema_horizon: float = setting(0.04, "share of the run that the average of the weights looks "
-                                 "back over; 0: no average", least=0, below=1)
+        None, "epochs of rising learning rate. Default: a twentieth of the run", "[0, inf)")
+    layer_decay: float = setting(1.0, "factor on it from a layer to the one before", "(0, 1]")
+    beta2: float = setting(0.999, "AdamW's decay rate of squared gradients", "[0, 1)")
+    weight_decay: float = setting(0.05, "of matrices and filters", "[0, inf)", short="--wd")
+    label_smoothing: float = setting(0.1, "share of a label spread over all classes", "[0, 1)")
+    clip_grad: float = setting(0.0, "largest norm of the gradient; 0: any", "[0, inf)")
+    ema_horizon: float = setting(
+        0.04, "share of the run that the weights are averaged over; 0: no average", "[0, 1)")
 
-    amp: str = setting("auto", "number type of matrix products; off: float32. auto: bf16 where the "
-                       "hardware has it, else fp16 (CUDA) or off", group="run",
-                       choices=("auto", "bf16", "fp16", "off"))
+    amp: str = setting("auto", "type of matrix products; auto: bf16 if the hardware has it",
+                       ("auto", "bf16", "fp16", "off"), group="run")
     compile: bool = setting(False, "use torch.compile")
     device: str = setting("auto", "cuda, mps or cpu")
-    seed: int = setting(0, "seed of all random numbers", least=0, most=2**32 - 1)
-    eval_every: int = setting(1, "epochs from one evaluation to the next; the last epoch is always "
-                              "evaluated", least=1)
-    tta: bool = setting(False, "at the end, also report the mean logits of each image and its "
-                        "mirror image")
+    seed: int = setting(0, "seed of all random numbers", "[0, 4294967295]")
+    eval_every: int = setting(1, "epochs from one evaluation to the next", "[1, inf)")
+    tta: bool = setting(False, "finally, report the mean over each image and its mirror image, too")
     output: str | None = setting(None, "folder of the run. Default: runs/<time>-<variant>")
 
     def __post_init__(self) -> None:
-        complete(self)  # the defaults that depend on other settings; the limits. See section 9.
-
+        complete(self)
 
 # For a small network on two CPU cores; README.md shows what each of these gains.
 FAST = {
@@ -177,9 +147,8 @@ FAST = {
     "label_smoothing": 0.1, "crop_padding": 4, "rand_augment": 5.0, "random_erase": 0.25,
     "mix_prob": 0.0, "ema_horizon": 0.0, "start_size": 24, "start_share": 0.5, "tta": True}
 
-
 def finetune(variant: str, batch_size: int) -> dict[str, Any]:
-    """From ImageNet-22K to ImageNet-1K (the paper's table 6). V2 gets the values of V1's sizes."""
+    """From ImageNet-22K to ImageNet-1K (the paper's table 6); V2 gets the values of V1."""
     size, scale = variant.removeprefix("v2_"), batch_size / 512
     rates = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.4}  # huge: a guess
     return {
@@ -190,17 +159,14 @@ def finetune(variant: str, batch_size: int) -> dict[str, Any]:
         # The paper: decay 0.9999, for XLarge only. Of its 75,000 steps 10,000 are 13 %.
         "ema_horizon": 0.13 if size == "xlarge" else 0.0}
 
-
 # --- 2. Augmentation ----------------------------------------------------------------------------
-# Whole batches on the training device, with different random numbers for each image. (torchvision's
-# transforms draw once for a whole batch.) What selects images is drawn on the CPU: drawn on a GPU,
-# it would have to be waited for.
-
+# Whole batches on the training device, with random numbers for each image. (torchvision's
+# transforms draw once per batch.) Those that select images are drawn on the CPU, since the CPU
+# would have to wait for a GPU's.
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
     """(b,) -> (b, 1, 1, 1) on the device of x, to be combined with x."""
     return rearrange(values, "b -> b 1 1 1").to(x.device, non_blocking=True)
-
 
 def crop_and_flip(x: Tensor, padding: int, flip: float) -> Tensor:
     """Shift each image by up to `padding` pixels, reflecting its edge, and mirror some of them.
@@ -210,23 +176,21 @@ def crop_and_flip(x: Tensor, padding: int, flip: float) -> Tensor:
     b, c, h, w = x.shape
 
     def source(size: int) -> Tensor:  # (b, size): the row or column that each pixel comes from
-        start = torch.randint(-padding, padding + 1, (b, 1))
-        index = (start + torch.arange(size)).abs()  # reflected at 0: -1 becomes 1
+        index = torch.randint(-padding, padding + 1, (b, 1)) + torch.arange(size)
+        index = index.abs()  # reflected at 0: -1 becomes 1
         return size - 1 - (size - 1 - index).abs()  # and at size - 1: size becomes size - 2
 
     rows, columns = source(h), source(w)
     columns = torch.where(torch.rand(b, 1) < flip, columns.flip(1), columns)
-    sample = rearrange(torch.arange(b), "b -> b 1 1 1")
-    channel = rearrange(torch.arange(c), "c -> 1 c 1 1")
-    rows, columns = rearrange(rows, "b h -> b 1 h 1"), rearrange(columns, "b w -> b 1 1 w")
-    return x[tuple(i.to(x.device, non_blocking=True) for i in (sample, channel, rows, columns))]
-
+    places = (rearrange(torch.arange(b), "b -> b 1 1 1"), rearrange(torch.arange(c), "c -> c 1 1"),
+              rearrange(rows, "b h -> b 1 h 1"), rearrange(columns, "b w -> b 1 1 w"))
+    return x[tuple(place.to(x.device, non_blocking=True) for place in places)]
 
 def random_erase(x: Tensor, chance: float) -> Tensor:
     """Fill a random rectangle of some images with noise, in place (Zhong et al., 2017).
 
-    Its area is 2 to 33 % of the image, its sides differ by a factor of up to 3.3. As x is
-    normalised, standard normal noise is as bright as an image. (b, c, h, w) -> (b, c, h, w).
+    It covers 2 to 33 % of the image; its sides differ by a factor of up to 3.3. x is normalised, so
+    standard normal noise is as bright as an image. (b, c, h, w) -> (b, c, h, w).
     """
     chosen = (torch.rand(len(x)) < chance).nonzero()[:, 0]
     n, h, w = len(chosen), *x.shape[2:]
@@ -238,48 +202,39 @@ def random_erase(x: Tensor, chance: float) -> Tensor:
     top = (torch.rand(n) * (h - height + 1)).floor()
     left = (torch.rand(n) * (w - width + 1)).floor()
     top, left, height, width = (per_sample(v, x) for v in (top, left, height, width))
-    row = rearrange(torch.arange(h, device=x.device), "h -> 1 1 h 1")
-    column = rearrange(torch.arange(w, device=x.device), "w -> 1 1 1 w")
+    row = rearrange(torch.arange(h, device=x.device), "h -> h 1")
+    column = torch.arange(w, device=x.device)
     erased = ((row >= top) & (row < top + height)) & ((column >= left) & (column < left + width))
     x[index] = torch.where(erased, torch.randn_like(x[index]), x[index])
     return x
-
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Bring each channel to mean 0 and standard deviation 1 over the data set. (b, c, h, w)"""
     return ((x - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")).contiguous(
         memory_format=torch.channels_last)
 
-
-def mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """MixUp or CutMix, at random, of images and the labels (b,) -> images, targets (b, classes)."""
-    kinds = [make(alpha=alpha, num_classes=classes)
-             for make, alpha in ((T.MixUp, recipe.mixup), (T.CutMix, recipe.cutmix)) if alpha]
-    return T.RandomChoice(kinds)
-
-
 def augment(recipe: Recipe, data: "Data", x: Tensor, labels: Tensor, mix: bool,
-            size: int = 0) -> tuple[Tensor, Tensor]:
+            size: int) -> tuple[Tensor, Tensor]:
     """Bytes (b, 3, h, w) and labels (b,) -> what the network sees, and targets (b, classes).
 
-    mix: whether MixUp and CutMix may be used. size: the side to shrink the images to, if any.
+    mix: whether MixUp and CutMix are on. size: the side to shrink the images to.
     """
     x = crop_and_flip(x, recipe.crop_padding if recipe.img_size <= SMALL else 0, recipe.flip)
     x = x.float() / 255
     if recipe.rand_augment:
         x = rand_augment(x, recipe.rand_augment)
-    if size and size != recipe.img_size:
+    if size != recipe.img_size:
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
     x = normalize(x, data.mean, data.std)
     if recipe.random_erase:
         x = random_erase(x, recipe.random_erase)
-    if mix and (recipe.mixup or recipe.cutmix) and torch.rand(()) < recipe.mix_prob:
-        return mixing(recipe, len(data.classes))(x, labels)
+    mixes = [kind(alpha=alpha, num_classes=len(data.classes))
+             for kind, alpha in ((T.MixUp, recipe.mixup), (T.CutMix, recipe.cutmix)) if alpha]
+    if mix and mixes and torch.rand(()) < recipe.mix_prob:
+        return T.RandomChoice(mixes)(x, labels)
     return x, F.one_hot(labels, len(data.classes)).float()
 
-
 # --- 3. Optimisation ----------------------------------------------------------------------------
-
 
 def lr_at(step: int, total: int, warmup: int, peak: float, floor: float,
           schedule: str = "cosine") -> float:
@@ -294,61 +249,47 @@ def lr_at(step: int, total: int, warmup: int, peak: float, floor: float,
     progress = (step - warmup) / max(1, total - 1 - warmup)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-
 def layer_number(name: str, depths: tuple[int, ...]) -> int:
-    """The layer of a parameter for layer-wise decay of the learning rate, from 0 for the stem.
+    """The layer of a parameter for layer-wise decay of the learning rate: 0 is the stem.
 
-    The third stage counts one layer per three blocks, each other stage is one layer together with
-    the Downsample before it, and the head is the last. These are the groups of the authors'
-    optim_factory.py (27 blocks) and layer_decay_optimizer_constructor.py (Tiny's 9 blocks).
+    Three blocks of the third stage are a layer, each other stage is one with the Downsample before
+    it, and the head is the last: the groups of the authors' optim_factory.py (27 blocks) and
+    layer_decay_optimizer_constructor.py (Tiny's 9).
     """
+    part, stage, block = (name + "..").split(".")[:3]
     fourth_stage = 3 + math.ceil(depths[2] / 3)
-    if name.startswith("head."):
+    if part == "head":
         return fourth_stage + 1
-    part, stage, block = name.split(".")[:3]
-    if part == "downsample_layers":
-        return (0, 2, 3, fourth_stage)[int(stage)]
-    return (1, 2, 3 + int(block) // 3, fourth_stage)[int(stage)]
-
+    return (int(part == "stages"), 2, 3 + int(block) // 3, fourth_stage)[int(stage)]
 
 def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
-                     layer_decay: float = 1.0) -> list[dict]:
-    """The parameters that train, by weight decay and by `lr_scale`, the factor on the rate.
+                     layer_decay: float = 1.0, muon: bool = False) -> list[dict]:
+    """What trains, by optimiser, weight decay and `lr_scale`, the factor on the learning rate.
 
     Only matrices and filters decay: norms, biases, LayerScale and GRN have one axis and do not.
     """
     depths, groups = tuple(map(len, model.stages)), {}
-    head = layer_number("head.", depths)
-    for decays in (True, False):
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and (parameter.ndim >= 2) == decays:
-                lr_scale = layer_decay ** (head - layer_number(name, depths))
-                group = groups.setdefault((decays, lr_scale), {
-                    "params": [], "weight_decay": weight_decay * decays, "lr_scale": lr_scale})
-                group["params"].append(parameter)
+    head = layer_number("head", depths)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            about = {"muon": muon and ".pwconv" in name and p.ndim == 2,
+                     "weight_decay": weight_decay * (p.ndim >= 2),
+                     "lr_scale": layer_decay ** (head - layer_number(name, depths))}
+            groups.setdefault((*about.values(),), about | {"params": []})["params"].append(p)
     return list(groups.values())
 
-
 def make_optimizers(model: convnext.ConvNeXt, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters; or Muon for the matrices of the blocks, and AdamW for the rest.
+    """AdamW; with --optimizer muon, Muon for the matrices of the blocks and AdamW for the rest.
 
-    Muon makes each step of a matrix orthogonal: all directions are learned equally fast.
+    Muon orthogonalises the step of a matrix, so that all its directions are learned equally fast.
     """
-    groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
-    matrices = {p for name, p in model.named_parameters()
-                if recipe.optimizer == "muon" and ".pwconv" in name and p.ndim == 2}
-
-    def part(in_muon: bool, factor: float) -> list[dict]:
-        chosen = [g | {"params": [p for p in g["params"] if (p in matrices) == in_muon],
-                       "lr_scale": g["lr_scale"] * factor} for g in groups]
-        return [group for group in chosen if group["params"]]
-
-    optimizers = [torch.optim.AdamW(part(False, 1), lr=recipe.lr, betas=(0.9, recipe.beta2),
-                                    fused=True)]
-    if muon := part(True, recipe.muon_lr / recipe.lr):
-        optimizers.append(torch.optim.Muon(muon, lr=recipe.muon_lr))
-    return optimizers
-
+    groups = parameter_groups(
+        model, recipe.weight_decay, recipe.layer_decay, recipe.optimizer == "muon")
+    for group in groups:
+        group["lr_scale"] *= recipe.muon_lr / recipe.lr if group["muon"] else 1
+    adamw, muon = ([g for g in groups if g["muon"] == wanted] for wanted in (False, True))
+    optimizers = [torch.optim.AdamW(adamw, lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)]
+    return optimizers + ([torch.optim.Muon(muon, lr=recipe.muon_lr)] if muon else [])
 
 def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T²·KL(softmax(teacher / T) ‖ softmax(logits / T)), both (b, classes).
@@ -359,7 +300,6 @@ def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Te
     ours, theirs = ((x / temperature).log_softmax(1) for x in (logits, teacher))
     return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
 
-
 def training_loss(recipe: Recipe, logits: Tensor, targets: Tensor,
                   teacher: Tensor | None = None) -> Tensor:
     """(1 - α)·CE(targets, logits) + α·T²·KL(teacher ‖ logits); without a teacher α is 0."""
@@ -369,23 +309,22 @@ def training_loss(recipe: Recipe, logits: Tensor, targets: Tensor,
     distance = distillation_loss(logits, teacher.float(), recipe.distill_temperature)
     return torch.lerp(loss, distance, recipe.distill_alpha)
 
-
 # --- 4. Training --------------------------------------------------------------------------------
 
 CHECK_EVERY = 50  # steps; each check makes the CPU wait for the GPU
 
-
-def train_step(run: "Run", x: Tensor, y: Tensor) -> Tensor:
-    """Update the weights once. Images (b, 3, h, w), targets (b, classes) -> the mean loss ()."""
-    recipe, mean_loss = run.recipe, torch.zeros((), device=run.device)
+def train_step(run: "Run", x: Tensor, y: Tensor) -> None:
+    """Update the weights once, from images (b, 3, h, w) and targets (b, classes)."""
+    recipe = run.recipe
+    lr = lr_at(run.step, run.total, round(run.steps * recipe.warmup_epochs), recipe.lr,
+               recipe.min_lr, recipe.schedule)
     for xs, ys in zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate)):
         with torch.autocast(run.device.type, run.precision, run.precision != torch.float32):
             logits = run.model(xs)
             answers = run.teacher(xs) if run.teacher else None
         loss = training_loss(recipe, logits.float(), ys, answers) * (len(xs) / len(x))
         run.scaler.scale(loss).backward()
-        mean_loss += loss.detach()
-    lr = run.lr_of(run.step)
+        run.sums["loss"] += loss.detach()
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
@@ -398,34 +337,31 @@ def train_step(run: "Run", x: Tensor, y: Tensor) -> Tensor:
     run.scaler.update()
     if run.ema:
         run.ema.update_parameters(run.model)
-    run.step += 1
-    return mean_loss
-
+    run.step, run.sums["lr"] = run.step + 1, lr
 
 def train_epoch(run: "Run", progress: tqdm) -> dict[str, Any]:
-    """The rest of an epoch -> its row for metrics.csv, or {} if a signal stops it on the way.
+    """The rest of an epoch -> its row for metrics.csv; {} if a signal stops it before its end.
 
     All random numbers follow from the seed and the epoch or step, so a resumed run draws the same.
     (The large factors keep the steps, epochs and images of any two seeds apart.)
     """
-    recipe, sums, epoch = run.recipe, run.sums, len(run.history)
+    recipe, epoch, device = run.recipe, len(run.history), run.device
     done = run.step - epoch * run.steps
-    loader = batches(run.data.train, recipe.batch_size, recipe.workers,
-                     seed=-1_000_000_007 * recipe.seed - 10_000_019 * (epoch + 1), first=done,
-                     pin=run.device.type == "cuda")
     if not done:
-        sums |= {"loss": torch.zeros((), device=run.device), "seconds": 0.0, "waiting": 0.0}
+        run.sums = {"loss": torch.zeros((), device=device), "seconds": 0.0, "waiting": 0.0}
+    sums, mix = run.sums, epoch < recipe.epochs - recipe.mix_off_epochs
+    small = recipe.start_size and epoch < recipe.epochs * recipe.start_share
     run.model.train()
     ended = time.perf_counter()
-    for images, labels in loader:
+    for images, labels in batches(
+            run.data.train, recipe.batch_size, recipe.workers, first=done,
+            seed=-1_000_000_007 * recipe.seed - 10_000_019 * (epoch + 1)):
         torch.manual_seed(1_000_000_007 * recipe.seed + run.step + 1)
-        x, y = augment(
-            recipe, run.data, images.to(run.device, non_blocking=True),
-            labels.to(run.device, non_blocking=True),
-            mix=epoch < recipe.epochs - recipe.mix_off_epochs,
-            size=recipe.start_size if epoch < recipe.epochs * recipe.start_share else 0)
+        x, y = augment(recipe, run.data, images.to(device, non_blocking=True),
+                       labels.to(device, non_blocking=True), mix,
+                       recipe.start_size if small else recipe.img_size)
         sums["waiting"] += time.perf_counter() - ended  # on a GPU, for the launches only
-        sums["loss"] += train_step(run, x, y)
+        train_step(run, x, y)
         progress.update()
         if run.step % CHECK_EVERY == 0 or run.step % run.steps == 0:
             check_finite(run)  # waits for the GPU, so that the time is right
@@ -437,26 +373,25 @@ def train_epoch(run: "Run", progress: tqdm) -> dict[str, Any]:
         return {}
     images = run.steps * min(recipe.batch_size, len(run.data.train))
     return {"epoch": epoch + 1, "step": run.step, "train_loss": sums["loss"].item() / run.steps,
-            "lr": run.lr_of(run.step - 1), "seconds": sums["seconds"],
+            "lr": sums["lr"], "seconds": sums["seconds"],
             "images_per_s": images / sums["seconds"],
             "data_share": sums["waiting"] / sums["seconds"]}
-
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, images: "Images", mean: Tensor, std: Tensor, workers: int,
              precision: torch.dtype, tta: bool = False,
              stopped: Callable[[], Any] = lambda: False) -> dict[str, float]:
-    """The mean cross-entropy, and the shares in % whose class is the likeliest, and among five.
+    """Mean cross-entropy, and the shares (%) whose class is the likeliest, and among the five.
 
     tta: average the logits of each image and its mirror image. Returns {} once stopped() is true.
     """
     model.eval()
-    total = torch.zeros(3, device=mean.device)
-    for x, labels in batches(images, 250, workers, pin=mean.is_cuda):
+    total, device = torch.zeros(3, device=mean.device), mean.device
+    for x, labels in batches(images, 250, workers):
         if stopped():
             return {}
-        x, labels = (t.to(mean.device, non_blocking=True) for t in (x, labels))
-        with torch.autocast(mean.device.type, precision, precision != torch.float32):
+        x, labels = (t.to(device, non_blocking=True) for t in (x, labels))
+        with torch.autocast(device.type, precision, precision != torch.float32):
             x = normalize(x / 255.0, mean, std)
             logits = (model(x) + model(x.flip(3))) / 2 if tta else model(x)
         logits = logits.float()
@@ -465,14 +400,11 @@ def evaluate(model: nn.Module, images: "Images", mean: Tensor, std: Tensor, work
         total += torch.stack([loss, 100 * hits[:, 0].sum(), 100 * hits.sum()])
     return dict(zip(("loss", "top1", "top5"), (total / len(images)).tolist()))
 
-
 # --- 5. RandAugment -----------------------------------------------------------------------------
-
 
 def blend(x: Tensor, base: Tensor | float, amount: Tensor) -> Tensor:
     """Move x away from `base` (amount > 0) or towards it (amount < 0)."""
     return (x + amount * (x - base)).clamp(0, 1)
-
 
 def warp(x: Tensor, *rows: list[Tensor | float]) -> Tensor:
     """y(position) = x(rows · position), about the centre; grey where x has no pixel."""
@@ -481,24 +413,6 @@ def warp(x: Tensor, *rows: list[Tensor | float]) -> Tensor:
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
     return F.grid_sample(x - 0.5, grid, align_corners=False) + 0.5
 
-
-def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    return warp(x, [angle.cos(), -angle.sin(), 0], [angle.sin(), angle.cos(), 0])
-
-
-def sharpen(x: Tensor, amount: Tensor) -> Tensor:
-    kernel = torch.ones(3, 3, device=x.device) / 13
-    kernel[1, 1] *= 5
-    blurred = x.clone()  # pixels at the edge have no full neighbourhood and stay as they are
-    blurred[:, :, 1:-1, 1:-1] = F.conv2d(x, repeat(kernel, "u v -> c 1 u v", c=3), groups=3)
-    return blend(x, blurred, amount)
-
-
-def keep_bits(x: Tensor, bits: Tensor) -> Tensor:
-    step = 2.0 ** (8 - bits)  # of the 8 bits of a pixel from 0 to 255
-    return ((x * 255).round() / step).floor() * step / 255
-
-
 # What the paper's "RandAugment (9, 0.5)" chooses from, with timm's ranges: at full strength 30
 # degrees, 45 % of the side, a colour factor of 1 ± 0.9, and so on. x: (b, 3, h, w) from 0 to 1.
 # m: (b, 1, 1, 1), the strength from -1 to 1; operations with one direction ignore its sign.
@@ -506,8 +420,10 @@ RAND_AUGMENT_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "auto_contrast": lambda x, m: TF.autocontrast(x),
     "equalize": lambda x, m: TF.equalize(x),
     "invert": lambda x, m: 1 - x,
-    "rotate": lambda x, m: rotate(x, math.radians(30) * m.flatten()),
-    "posterize": lambda x, m: keep_bits(x, 4 - (4 * m.abs()).int()),
+    "rotate": lambda x, m: warp(x, [(a := math.radians(30) * m.flatten()).cos(), -a.sin(), 0],
+                                [a.sin(), a.cos(), 0]),
+    "posterize": lambda x, m: (  # clears the lowest bits of a pixel, 4 to 8 of them
+        (x * 255).round() // (step := 2 ** (4 + (4 * m.abs()).int())) * step / 255),
     "solarize": lambda x, m: torch.where((x * 255).round() < 256 - (256 * m.abs()).int(), x, 1 - x),
     "solarize_add": lambda x, m: torch.where(
         (x * 255).round() < 128, (x + (110 * m.abs()).int() / 255).clamp(max=1), x),
@@ -515,12 +431,11 @@ RAND_AUGMENT_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "contrast": lambda x, m: blend(
         x, reduce(TF.rgb_to_grayscale(x), "b c h w -> b 1 1 1", "mean"), 0.9 * m),
     "brightness": lambda x, m: blend(x, 0, 0.9 * m),
-    "sharpness": lambda x, m: sharpen(x, 0.9 * m),
+    "sharpness": lambda x, m: blend(x, TF.adjust_sharpness(x, 0), 0.9 * m),
     "shear_x": lambda x, m: warp(x, [1, 0.3 * m.flatten(), 0], [0, 1, 0]),
     "shear_y": lambda x, m: warp(x, [1, 0, 0], [0.3 * m.flatten(), 1, 0]),
     "translate_x": lambda x, m: warp(x, [1, 0, 2 * 0.45 * m.flatten()], [0, 1, 0]),
     "translate_y": lambda x, m: warp(x, [1, 0, 0], [0, 1, 2 * 0.45 * m.flatten()])}
-
 
 def rand_augment(x: Tensor, level: float) -> Tensor:
     """RandAugment (Cubuk et al., 2019) as the paper means it: timm's rand-m9-mstd0.5-inc1.
@@ -541,78 +456,51 @@ def rand_augment(x: Tensor, level: float) -> Tensor:
                 x[chosen] = operation(x[chosen], m)
     return x
 
-
 # --- 6. Data ------------------------------------------------------------------------------------
-# A data set is indexed by a list of numbers and returns a batch: bytes (b, 3, h, w), labels (b,).
 
-SMALL = 64  # images of up to this side are kept in memory
-
+SMALL = 64  # images of up to this side are decoded once and kept in memory
+say = tqdm.write  # prints above the progress bar
 
 class UserError(Exception):
     """A mistake or a failure that the user can mend. Its text is shown as one line."""
 
-
 def reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
-
-def some(names: list[str], most: int = 4) -> str:
+def some(names: list, most: int = 4) -> str:
     return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
-
-say = tqdm.write  # prints above the progress bar
-
-
 @dataclass
-class InMemory(Dataset):
-    """Small images, decoded once."""
+class Images(Dataset):
+    """Images and their classes. A list of numbers selects a batch: (b, 3, h, w), labels (b,)."""
 
-    images: Tensor  # (n, 3, h, w), bytes
+    images: Tensor | list  # bytes (n, 3, h, w); or paths or arrays (h, w, 3), read when needed
     labels: Tensor  # (n,)
     classes: list[str]
+    cut: Callable[[Image.Image], Image.Image] | None = None  # makes squares of what is read
+    seed: int = 0  # of random cuts; an image's follows from it and the image's number alone
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.images[indices], self.labels[indices]
-
-    def part(self, indices: list[int]) -> "InMemory":
-        return InMemory(*self[indices], self.classes)
-
-
-@dataclass
-class Pictures(Dataset):
-    """Images of any size, read when they are needed; `cut` makes squares of them."""
-
-    samples: list[tuple[Any, int]]  # (path or pixels (h, w, 3), label)
-    classes: list[str]
-    cut: Callable[[Image.Image], Image.Image]
-    seed: int = 0  # of random cuts: an image's follows from it and the image's number alone
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | UserError:
-        images = []
-        for index in indices:
-            item = self.samples[index][0]
+    def __getitem__(self, numbers: list[int]) -> tuple[Tensor, Tensor] | UserError:
+        if not self.cut:
+            return self.images[numbers], self.labels[numbers]
+        squares = []
+        for number in numbers:
             try:
-                picture = as_shown(item)
+                picture = as_shown(self.images[number])
             except Exception as error:  # noqa: BLE001, Pillow raises nearly anything
-                # Raised here, it would bring along the traceback of a process that reads images.
-                return UserError(f"cannot read the image {item} ({reason(error)}); --skip-bad "
-                                 "leaves such images out")
-            torch.manual_seed(self.seed - index)  # torchvision's transforms take no generator
-            images.append(TF.pil_to_tensor(self.cut(picture)))
-        return torch.stack(images), torch.tensor([self.samples[i][1] for i in indices])
+                # `batches` raises it: from a reading process it would come with its traceback.
+                return UserError(f"cannot read the image {self.images[number]} ({reason(error)}); "
+                                 "--skip-bad leaves such images out")
+            torch.manual_seed(self.seed - number)  # torchvision's transforms take no generator
+            squares.append(TF.pil_to_tensor(self.cut(picture)))
+        return torch.stack(squares), self.labels[numbers]
 
-    def part(self, indices: list[int]) -> "Pictures":
-        return replace(self, samples=[self.samples[i] for i in indices])
-
-
-Images = InMemory | Pictures
-
+    def part(self, numbers: list[int]) -> "Images":
+        images = [self.images[i] for i in numbers] if self.cut else self.images[numbers]
+        return replace(self, images=images, labels=self.labels[numbers])
 
 def as_shown(item: str | np.ndarray) -> Image.Image:
     """A picture as a viewer shows it, in RGB: upright, 16 bits scaled to 8, on a white ground."""
@@ -620,100 +508,79 @@ def as_shown(item: str | np.ndarray) -> Image.Image:
     if picture.mode.startswith("I;16") or picture.mode == "I" and picture.format in ("PNG", "PPM"):
         picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
     if picture.mode in ("I", "F"):
-        raise ValueError("no viewer knows which of its 32-bit values is white: convert it to 8 or "
-                         "16 bits")
+        raise ValueError("which of its 32-bit values is white is unknown: convert it to 16 bits")
     picture = ImageOps.exif_transpose(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
 
+def find_images(root: Path) -> tuple[list[str], list[str]]:
+    """The sub-folders of a folder, which are the classes, and the paths of all images in them.
 
-def is_hidden(name: str) -> bool:
-    """Whether other programs keep this for themselves: .git, @eaDir, #recycle, __MACOSX, ..."""
-    return name.startswith((".", "@", "#", "__"))
-
-
-def images_below(folder: Path, left_out: Counter) -> list[str]:
-    """All images in a folder and its sub-folders, in a fixed order; counts what it leaves out.
-
-    Linked folders are left out: they may lead to other classes, or in circles. Raises UserError
-    for a folder that cannot be read.
+    What it leaves out is counted in a note: what is hidden or other programs' (@eaDir), files that
+    Pillow does not know by their extension, and links to folders below a class, which could lead to
+    other classes or in circles. Raises UserError for a folder that cannot be read.
     """
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename} ({error.strerror})")
 
     Image.init()
-    known = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths = []
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        for name in [*folders]:
-            if is_hidden(name) or os.path.islink(os.path.join(place, name)):
+    known = {ext for ext, form in Image.registered_extensions().items() if form in Image.OPEN}
+    classes, paths, left_out = None, [], Counter()
+    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        for name in sorted(folders):
+            if name[0] in ".@#" or classes is not None and os.path.islink(f"{place}/{name}"):
                 folders.remove(name)  # so that os.walk does not enter it
-                left_out["hidden or linked folders"] += 1
+                left_out[f"{name}/"] += 1
         for name in files:
             extension = os.path.splitext(name)[1].lower()
-            if is_hidden(name) or extension not in known:
-                left_out[f"files that are hidden or no images ({extension or name})"] += 1
+            if classes is None or name[0] == "." or extension not in known:
+                left_out[f"*{extension or name}"] += 1
             else:
                 paths.append((place, name))
-    return [os.path.join(*path) for path in sorted(paths)]
+        classes = sorted(folders) if classes is None else classes
+    if left_out:
+        counts = [f"{count} {what}" for what, count in left_out.most_common()]
+        say(f"note: {root}: left out what is no image of a class: {some(counts, 9)}", sys.stderr)
+    return classes, [os.path.join(*path) for path in sorted(paths)]
 
-
-def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Pictures:
-    """The images in DIR/train, or DIR/test or DIR/val, in one folder per class.
-
-    classes: the names to be expected, in their order. Raises UserError for a missing folder, an
-    unknown class, and a class without training images.
-    """
+def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Images:
+    """The images in DIR/train, or DIR/test or DIR/val. `classes` are those to expect, in order."""
     place, parts = Path(recipe.data_dir), ("train",) if train else ("test", "val")
     root = next((place / part for part in parts if (place / part).is_dir()), None)
     if root is None:
         raise UserError(f"--data-dir {place} has no {'/ or '.join(parts)}/; it must hold train/ "
                         "and test/ (or val/), each with one folder per class")
-    entries = sorted(root.iterdir())
-    found = [entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)]
-    left_out = Counter(e.name for e in entries if e.name not in found)
-    names = classes or found
-    if unknown := sorted(set(found) - set(names)):
-        raise UserError(f"{root} has classes that training does not have: {', '.join(unknown)}")
-    samples = [(path, names.index(name)) for name in names if name in found
-               for path in images_below(root / name, left_out)]
-    if left_out:
-        counts = [f"{count} {what}" for what, count in left_out.most_common()]
-        say(f"note: {root}: left out {some(counts, 9)}", sys.stderr)
-    missing = [name for label, name in enumerate(names) if label not in dict(map(reversed, samples))]
-    if missing and (train or not samples) or len(names) < 2:
-        raise UserError(f"{root} has no images of {', '.join(missing) or 'a second class'}")
+    found, paths = find_images(root)
+    classes = classes or found
+    if unknown := sorted({*found} - {*classes}):
+        raise UserError(f"{root} has classes that training does not have: {some(unknown)}")
+    labels = [classes.index(os.path.relpath(path, root).split(os.sep)[0]) for path in paths]
+    missing = [name for i, name in enumerate(classes) if i not in {*labels}]
+    if missing and (train or not paths) or len(classes) < 2:
+        raise UserError(f"{root} has no images of {some(missing) or 'a second class'}")
     if missing:
-        say(f"note: {root} has no images of {', '.join(missing)}", sys.stderr)
-    return Pictures(samples, names, evaluation_cut(recipe.img_size, recipe.crop_pct))
-
+        say(f"note: {root} has no images of {some(missing)}", sys.stderr)
+    return Images(paths, torch.tensor(labels), classes)
 
 def load_torchvision(recipe: Recipe, train: bool) -> Images:
-    """A data set of torchvision, downloaded if it is not there and may be (ImageNet may not)."""
+    """A data set of torchvision, downloaded if need be; ImageNet cannot be."""
     root, name, sets = recipe.data_dir, recipe.dataset, torchvision.datasets
-    cut = evaluation_cut(recipe.img_size, recipe.crop_pct)
     try:
-        if name == "imagenet":  # its names are not unique: two classes are cranes
+        if name == "imagenet":  # by identifiers, since two classes have the name "crane"
             data = sets.ImageNet(root, "train" if train else "val")
-            return Pictures(data.samples, data.wnids, cut)
-        if name == "food101":
+            images, labels, classes = [path for path, _ in data.samples], data.targets, data.wnids
+        elif name == "food101":
             data = sets.Food101(root, "train" if train else "test", download=True)
-            return Pictures([*zip(map(str, data._image_files), data._labels)], data.classes, cut)
-        data = {"cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100}[name](root, train, download=True)
+            images, labels, classes = [*map(str, data._image_files)], data._labels, data.classes
+        else:
+            data = getattr(sets, name.upper())(root, train, download=True)
+            images, labels, classes = [*data.data], data.targets, data.classes
     except (OSError, RuntimeError, ImportError) as error:
-        archive = {"cifar10": "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/",
-                   "cifar100": "cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/",
-                   "food101": "food-101.tar.gz from http://data.vision.ee.ethz.ch/cvl/",
-                   "imagenet": "the development kit and both archives from https://image-net.org"}
-        raise UserError(f"{name} could not be loaded ({reason(error)}). Put {archive[name]} into "
-                        f"{root}/, or use --dataset folder or --dataset synthetic") from error
-    if recipe.img_size != 32:
-        return Pictures([*zip(data.data, data.targets)], data.classes, cut)
-    images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
-    return InMemory(images, torch.tensor(data.targets), data.classes)
-
+        raise UserError(f"{name} could not be loaded ({reason(error)}). Put its archive into {root}"
+                        "/ (see README.md), or use --dataset folder or synthetic") from error
+    return Images(images, torch.tensor(labels), classes)
 
 SHAPES = {  # inside or outside, for u and v from -1 to 1 across the shape
     "disk": lambda u, v: u**2 + v**2 < 0.8,
@@ -727,8 +594,7 @@ SHAPES = {  # inside or outside, for u and v from -1 to 1 across the shape
     "rows": lambda u, v: (torch.sin(9 * v) > 0) & (u.abs() < 0.9) & (v.abs() < 0.9),
     "columns": lambda u, v: (torch.sin(9 * u) > 0) & (u.abs() < 0.9) & (v.abs() < 0.9)}
 
-
-def draw_shapes(count: int, size: int, seed: int) -> InMemory:
+def draw_shapes(count: int, size: int, seed: int) -> Images:
     """Noisy pictures of the ten shapes at random places, sizes and colours; count: 10, 20, ..."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -744,8 +610,7 @@ def draw_shapes(count: int, size: int, seed: int) -> InMemory:
     images = ground + ink * rearrange(inside.float(), "n k h w -> (n k) 1 h w")
     images += 0.08 * torch.randn(images.shape, generator=generator)
     labels = torch.arange(count) % len(SHAPES)
-    return InMemory((images.clamp(0, 1) * 255).byte(), labels, [*SHAPES])
-
+    return Images((images.clamp(0, 1) * 255).byte(), labels, [*SHAPES])
 
 def evaluation_cut(size: int, crop_pct: float | None) -> T.Transform:
     """Make a square of this side from a picture of any size, as the authors do for evaluation."""
@@ -755,61 +620,52 @@ def evaluation_cut(size: int, crop_pct: float | None) -> T.Transform:
     share = 1 if size <= SMALL else crop_pct or 0.875  # 224 of 256
     return T.Compose([T.Resize(int(size / share), interpolation=bicubic), T.CenterCrop(size)])
 
-
 def load_split(recipe: Recipe, train: bool, classes: list[str] | None = None) -> Images:
-    """The training or the test images, as they are evaluated. classes: their order, if known."""
+    """The training or the test images, as they are evaluated. classes: in this order, if known."""
     if recipe.dataset == "synthetic":
         return draw_shapes(5000 if train else 1000, recipe.img_size, seed=int(train))
     by_folder = recipe.dataset == "folder"
     data = load_folder(recipe, train, classes) if by_folder else load_torchvision(recipe, train)
-    if recipe.skip_bad and isinstance(data, Pictures):
+    data.cut = evaluation_cut(recipe.img_size, recipe.crop_pct)
+    if recipe.skip_bad:
         with ThreadPool(max(1, recipe.workers)) as pool:
             read = tqdm(pool.imap(lambda i: data[[i]], range(len(data))), "checking images",
                         len(data), disable=None, leave=False)
             good = [i for i, batch in enumerate(read) if not isinstance(batch, UserError)]
-        if bad := [str(data.samples[i][0]) for i in sorted({*range(len(data))} - {*good})]:
-            say(f"note: left out {len(bad)} of {len(data)} images: {some(bad)}", sys.stderr)
+        if bad := sorted({*range(len(data))} - {*good}):
+            say(f"note: left out {len(bad)} of {len(data)} images, which cannot be read: "
+                f"{some([data.images[i] for i in bad])}", sys.stderr)
         data = data.part(good)
-    if isinstance(data, InMemory) or recipe.img_size > SMALL:
+    if recipe.img_size > SMALL:
         return data
-    parts = [*tqdm(batches(data, 500, recipe.workers), "reading images", disable=None, leave=False)]
-    images, labels = (torch.cat(part) for part in zip(*parts))
-    return InMemory(images, labels, data.classes)
-
+    parts = tqdm(batches(data, 500, recipe.workers), "reading images", disable=None, leave=False)
+    return replace(data, images=torch.cat([images for images, _ in parts]), cut=None)
 
 def leave_group(_worker: int) -> None:
-    """Keep away signals to the whole group, such as Ctrl-C, from a process that reads images."""
-    if hasattr(os, "setsid"):  # Windows has none
-        os.setsid()
-
+    """Keep signals to the whole group, such as Ctrl-C, from a process that reads images."""
+    getattr(os, "setsid", lambda: None)()  # Windows has none
 
 def batches(data: Images, batch_size: int, workers: int, *, seed: int | None = None,
-            first: int = 0, pin: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+            first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches in order; or, with a seed, an epoch of training from batch number `first` on.
 
-    An epoch is shuffled and has no incomplete batch, unless that is the only one. pin: in memory
-    that a GPU can read by itself.
+    An epoch is shuffled and has no incomplete batch, unless that is the only one.
     """
     order = torch.arange(len(data))
     if seed is not None:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         order = order[: max(1, len(data) // batch_size) * batch_size]
-    if isinstance(data, Pictures):
-        data = replace(data, seed=seed or 0)
-    loader = DataLoader(
-        data, batch_size=None, sampler=[part.tolist() for part in order.split(batch_size)][first:],
-        num_workers=workers if isinstance(data, Pictures) else 0, worker_init_fn=leave_group,
-        pin_memory=pin)
-    for batch in loader:
+    for batch in DataLoader(
+            replace(data, seed=seed or 0), batch_size=None, worker_init_fn=leave_group,
+            sampler=[part.tolist() for part in order.split(batch_size)][first:],
+            num_workers=workers if data.cut else 0, pin_memory=torch.cuda.is_available()):
         if isinstance(batch, UserError):
             raise batch
         yield batch
 
-
 def channel_statistics(data: Images, workers: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (3,) of pixels from 0 to 1; of large images, of about 2,000."""
-    if isinstance(data, Pictures):
-        data = data.part(range(0, len(data), max(1, len(data) // 2000)))
+    data = data.part(range(0, len(data), max(1, len(data) // 2000))) if data.cut else data
     sums = [torch.cat([reduce(x / 255.0, "b c h w -> c", "mean"),
                        reduce((x / 255.0) ** 2, "b c h w -> c", "mean")]).double() * len(x)
             for x, _ in batches(data, 500, workers)]
@@ -817,18 +673,13 @@ def channel_statistics(data: Images, workers: int) -> tuple[Tensor, Tensor]:
     std = (mean_square - mean**2).clamp(min=1e-6).sqrt()  # with a single colour: no division by 0
     return mean.float(), std.float()
 
-
 def fingerprint(data: Images, root: str) -> str:
-    """A hash of the images' order and labels, and of their pixels or, if large, their names."""
-    digest = hashlib.sha256(json.dumps(data.classes).encode())
-    if isinstance(data, InMemory):
-        digest.update(data.images.numpy())
-        digest.update(data.labels.numpy())
-    for item, label in getattr(data, "samples", ()):
-        digest.update(os.fsencode(os.path.relpath(item, root)) if isinstance(item, str) else item)
-        digest.update(f"\n{label}\n".encode())
+    """A hash of the images' classes and order, and of their pixels or, above 64x64, file names."""
+    digest = hashlib.sha256(json.dumps([data.classes, data.labels.tolist()]).encode())
+    for image in data.images:
+        digest.update(os.fsencode(os.path.relpath(image, root)) if isinstance(image, str)
+                      else np.ascontiguousarray(image))
     return digest.hexdigest()
-
 
 class Data(NamedTuple):
     train: Images
@@ -839,103 +690,101 @@ class Data(NamedTuple):
     std: Tensor
     fingerprint: str  # of the training images, those held out included
 
-
-def prepare_data(recipe: Recipe, device: torch.device,
-                 statistics: tuple[list[float], list[float]] | None = None) -> Data:
+def prepare_data(recipe: Recipe, device: torch.device, statistics: tuple | None = None) -> Data:
     """Load all images. statistics: mean and standard deviation, if not the images' own."""
     plain, val = load_split(recipe, train=True), None
-    train = plain
-    if isinstance(plain, Pictures):  # the crops of large images are random as they are read
-        train = replace(plain, cut=T.RandomResizedCrop(
-            recipe.img_size, (recipe.crop_scale, 1), interpolation=T.InterpolationMode.BICUBIC))
+    train = plain if not plain.cut else replace(plain, cut=T.RandomResizedCrop(
+        recipe.img_size, (recipe.crop_scale, 1), interpolation=T.InterpolationMode.BICUBIC))
     test = load_split(recipe, train=False, classes=plain.classes)
+    if recipe.val_size >= len(plain):
+        raise UserError(f"--val-size must be below the {len(plain):,} training images")
     if recipe.val_size:
-        if recipe.val_size >= len(plain):
-            raise UserError(f"--val-size must be below the {len(plain):,} training images")
         order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
         val, train = plain.part(order[: recipe.val_size]), train.part(order[recipe.val_size :])
-    mean, std = (map(torch.tensor, statistics) if statistics
-                 else channel_statistics(plain, recipe.workers))
+    mean, std = map(torch.tensor, statistics) if statistics else channel_statistics(
+        plain, recipe.workers)
     return Data(train, val, test, plain.classes, mean.to(device), std.to(device),
                 fingerprint(plain, recipe.data_dir))
-
 
 # --- 7. Weights ---------------------------------------------------------------------------------
 
 MADE_BY = "train.py, format 2"  # noted in this program's checkpoints; --resume takes no others
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "img_size": 224}
 
-
 class Source(NamedTuple):
     """What a file or a download holds."""
 
     name: str
     weights: convnext.Weights  # the average of the weights, where there is one
-    network: dict[str, Any]  # variant, patch_size, layer_scale, ...: inferred from the weights
-    notes: dict[str, Any]  # args, classes, mean, std of a file of this program, or {}
-    images: dict[str, Any]  # that the weights expect: mean, std, img_size and perhaps crop_pct
+    network: dict[str, Any]  # variant, patch_size, layer_scale, num_classes: from the weights
+    images: dict[str, Any]  # that the network expects: mean, std, img_size and perhaps crop_pct
+    classes: list[str] | None  # where they are known
+    args: dict[str, Any]  # the settings of the run that made it, if it is this program's
     state: Mapping  # everything in last.pt or best.pt, or {}
 
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Turn what reading or fitting weights raises into one line that names their source."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {source}") from error
+    except Exception as error:
+        if not (source.startswith(convnext.DOWNLOADS)  # whose clients raise errors of their own
+                or isinstance(error, OSError | ValueError | ImportError)):
+            raise
+        raise UserError(f"{source}: {reason(error)}") from error
 
 def own_notes(content: Mapping, metadata: Mapping[str, str], classes: int) -> dict[str, Any]:
-    """What this program noted beside its weights; {} if any of it cannot be this program's."""
+    """What this program notes beside its weights; {} if any of it cannot be this program's."""
     try:
-        notes = {k: json.loads(metadata[k]) if metadata else content[k]
-                 for k in ("args", "classes", "mean", "std")}
+        notes = {name: json.loads(metadata[name]) if metadata else content[name]
+                 for name in ("args", "classes", "mean", "std")}
         names = {name for name in notes["classes"] if isinstance(name, str)}
         fine = len(names) == len(notes["classes"]) == classes and isinstance(notes["args"], dict)
-        for key, least in (("mean", 0), ("std", 1e-9)):
-            fine &= len(notes[key]) == 3 and all(least <= value <= 1 for value in notes[key])
+        for name, least in (("mean", 0), ("std", 1e-9)):
+            fine &= len(notes[name]) == 3 and all(least <= value <= 1 for value in notes[name])
+        return notes if fine else {}
     except (KeyError, TypeError, ValueError):
         return {}
-    return notes if fine else {}
-
 
 def open_weights(source: str) -> Source:
-    """Read a file or a download in any layout. Raises UserError unless it holds a ConvNeXt."""
-    remote = source.startswith(convnext.DOWNLOADS)
-    try:
+    """Read a file or a download of any layout. Raises UserError unless it holds a ConvNeXt."""
+    with naming(source):
+        remote = source.startswith(convnext.DOWNLOADS)
         path, images = convnext.download(source) if remote else (source, {})
         content, metadata = convnext.read_file(path)
         weights = convnext.read_weights(content)
         network = convnext.infer_architecture(weights)
         if network["in_channels"] != 3:
-            raise ValueError(f"the network takes {network['in_channels']} channels, not 3")
-    except Exception as error:
-        # What downloads raise depends on the client.
-        if not (remote or isinstance(error, OSError | ValueError | ImportError)):
-            raise
-        text = "there is no such file" if isinstance(error, FileNotFoundError) else reason(error)
-        raise UserError(f"{source}: {text}") from error
-    if notes := own_notes(content, metadata, network["num_classes"]):
-        images = {k: v for k, v in notes["args"].items() if k in ("img_size", "crop_pct")} | {
-            k: notes[k] for k in ("mean", "std")}
-    elif not images:
-        say(f"note: {source} does not say which images it expects; assumed are 224x224 pixels and "
+            raise ValueError(f"its images have {network['in_channels']} channels, not 3")
+    notes = own_notes(content, metadata, network["num_classes"])
+    args = notes.get("args", {})
+    images = {k: v for k, v in (args | notes | images).items() if k in IMAGENET or k == "crop_pct"}
+    if not images:
+        say(f"note: {source} does not say what images it expects; assumed are 224x224 pixels and "
             "ImageNet's mean and standard deviation", sys.stderr)
-    return Source(source, weights, network, notes, IMAGENET | images,
+    return Source(source, weights, network, IMAGENET | images, notes.get("classes"), args,
                   content if content.get("made_by") == MADE_BY else {})
 
-
 def check_classes(source: Source, classes: list[str]) -> None:
-    """Refuse a classifier for other classes; say which are assumed where the source names none."""
-    known, count = source.notes.get("classes"), source.network["num_classes"]
-    if count != len(classes) or known not in (None, classes):
-        theirs = some(known) if known else "without names"
-        raise UserError(f"{source.name} is for other classes or another order of them: {theirs} "
-                        f"({count}); here are {some(classes)} ({len(classes)})")
+    """Refuse a classifier for other classes; say which are assumed if the source names none."""
+    count = source.network["num_classes"]
+    if count != len(classes) or source.classes not in (None, classes):
+        raise UserError(f"{source.name} has other classes, or another order of them: "
+                        f"{some(source.classes or ['no names'])} ({count}); here are "
+                        f"{some(classes)} ({len(classes)})")
     natural = sorted(classes, key=lambda name: [
         int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())])
-    if known is None:
-        warning = f". WARNING: if it was trained by a program that sorts {some(natural)}, as timm " \
-            "does, the results are wrong; name the folders so that both orders are the same"
+    if not source.classes:
+        loud = "" if natural == classes or sorted(classes) != classes else (
+            f". WARNING: timm and others sort them {some(natural)}; for weights that did, all "
+            "results are wrong: rename the folders (01 for 1)")
         say(f"note: {source.name} does not name its classes; assumed are 0 = {classes[0]}, 1 = "
-            f"{classes[1]}, ..., {count - 1} = {classes[-1]}"
-            f"{warning if natural != classes == sorted(classes) else ''}", sys.stderr)
-
+            f"{classes[1]}, ..., {count - 1} = {classes[-1]}{loud}", sys.stderr)
 
 def load_teacher(source: Source, run: "Run") -> Callable[[Tensor], Tensor]:
-    """The source's network as a function of images (b, 3, h, w), normalised for the student."""
+    """The source's network, as a function of images (b, 3, h, w) normalised for the student."""
     check_classes(source, run.data.classes)
     model = convnext.from_checkpoint(source.weights).requires_grad_(False)
     model = model.to(run.device, memory_format=torch.channels_last)
@@ -944,25 +793,18 @@ def load_teacher(source: Source, run: "Run") -> Callable[[Tensor], Tensor]:
     mean, std = (torch.tensor(source.images[name], device=run.device) for name in ("mean", "std"))
     scale, shift = (rearrange(v, "c -> c 1 1")
                     for v in (run.data.std / std, (run.data.mean - mean) / std))
-
-    @torch.no_grad()
-    def teacher(x: Tensor) -> Tensor:
-        return model(x * scale + shift)  # normalised for the teacher
-    return teacher
-
+    return torch.no_grad()(lambda x: model(x * scale + shift))
 
 # --- 8. Run -------------------------------------------------------------------------------------
-
 
 def fan_in_init(model: convnext.ConvNeXt) -> None:
     """Draw all weights but the classifier's with standard deviation 1 / sqrt(fan_in), in place.
 
-    For inputs of variance 1, the outputs of a linear layer have the standard deviation of its
-    weights times sqrt(fan_in). The paper's 0.02 makes that 0.55 at 768 channels, 0.20 at 96, and
-    0.13 at 40. Two such layers follow each other in a branch, so the branches of a narrow network
-    begin almost switched off, and the optimiser has to grow them first. Here it is 1 at any width.
-    The last layer of each branch is divided by sqrt(2 · blocks): the sum of all branches, which is
-    what the head sees, then does not grow with the depth.
+    With inputs of variance 1, a linear layer's outputs have the standard deviation of its weights
+    times sqrt(fan_in). The paper's 0.02 makes that 0.55 at 768 channels, 0.20 at 96, and 0.13 at
+    40. As two such layers follow each other, the branches of a narrow network begin almost switched
+    off, and have to be grown before they learn. Here it is 1 at every width. The last layer of
+    each branch is divided by sqrt(2 · blocks), so that the sum of all branches stays near 1.
     """
     blocks = sum(map(len, model.stages))
     for name, module in model.named_modules():
@@ -972,45 +814,26 @@ def fan_in_init(model: convnext.ConvNeXt) -> None:
                 std /= (2 * blocks) ** 0.5
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
 
-
-def build_model(recipe: Recipe, classes: int) -> convnext.ConvNeXt:
-    model = convnext.create_convnext(
-        recipe.variant, num_classes=classes, patch_size=recipe.patch_size,
-        drop_path=recipe.drop_path, layer_scale=recipe.layer_scale,
-        head_init_scale=recipe.head_init_scale).to(memory_format=torch.channels_last)
-    if recipe.init == "fan-in":
-        fan_in_init(model)
-    return model
-
-
-def place(model: convnext.ConvNeXt, recipe: Recipe, device: torch.device) -> convnext.ConvNeXt:
-    if device.type == "cpu" and not recipe.compile:
-        model = convnext.speed_up(model)
-    return model.to(device)
-
-
 def pick_device(name: str) -> torch.device:
-    found = torch.accelerator.current_accelerator(check_available=True)
+    found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return torch.empty(1, device=(found or "cpu") if name == "auto" else name).device
-    except Exception as error:  # each backend has its own
+        return torch.empty(1, device=found if name == "auto" else name).device
+    except Exception as error:  # noqa: BLE001, each backend raises its own
         raise UserError(f"--device {name} cannot be used here ({reason(error)})") from error
-
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype:
     """The type for matrix products and convolutions; the weights themselves stay in float32."""
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":  # where the hardware does not compute in bfloat16 it is slower
-        native = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
-        amp = "bf16" if native else "off"
+        has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        amp = "bf16" if has_bf16 and device.type == "cpu" else "off"
     if amp == "fp16" and device.type != "cuda":
         raise UserError(f"--amp fp16 needs a CUDA GPU, not {device.type}; take bf16 or off")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
 
-
 class Run:
-    """All that a training run consists of; `state` is what last.pt holds of it."""
+    """All that a training run consists of. `state` is what last.pt holds of it."""
 
     def __init__(self, recipe: Recipe, source: Source | None = None, resume: bool = False) -> None:
         self.recipe, self.folder = recipe, Path(recipe.output)
@@ -1021,20 +844,28 @@ class Run:
         self.teacher = recipe.teacher and load_teacher(open_weights(recipe.teacher), self)
         self.steps = max(1, len(self.data.train) // recipe.batch_size)  # per epoch
         self.total = self.steps * recipe.epochs
-        self.step = 0  # number of the next step
+        self.step = 0  # the number of the next one
         self.history: list[dict] = []  # a row per epoch, as in metrics.csv
         self.sums: dict[str, Any] = {}  # over the present epoch: loss, seconds, waiting
         self.stopped_by = 0  # the signal that ends the run after the present step
         torch.manual_seed(recipe.seed)
-        self.model = place(build_model(recipe, len(self.data.classes)), recipe, self.device)
-        self.report = self.load_initial(source) if source and not resume else None
+        self.model = convnext.create_convnext(
+            recipe.variant, num_classes=len(self.data.classes), patch_size=recipe.patch_size,
+            drop_path=recipe.drop_path, layer_scale=recipe.layer_scale,
+            head_init_scale=recipe.head_init_scale).to(memory_format=torch.channels_last)
+        self.macs = convnext.count_macs(self.model, recipe.img_size)
+        if recipe.init == "fan-in":
+            fan_in_init(self.model)
+        self.origin = self.load_initial(source) if source and not resume else ""
         if recipe.freeze_backbone:
             self.model.requires_grad_(False).head.fc.requires_grad_(True)
+        if self.device.type == "cpu" and not recipe.compile:
+            self.model = convnext.speed_up(self.model)
+        self.model.to(self.device)
         # ema += (weights - ema) / horizon. The horizon is a share of the run: the usual decay of
         # 0.9999 looks back 10,000 steps, which is too far in a run of 20,000.
         average = get_ema_multi_avg_fn(1 - 1 / max(1.0, recipe.ema_horizon * self.total))
-        self.ema = AveragedModel(self.model, multi_avg_fn=average).eval() if (
-            recipe.ema_horizon) else None
+        self.ema = recipe.ema_horizon and AveragedModel(self.model, multi_avg_fn=average).eval()
         self.optimizers = make_optimizers(self.model, recipe)
         # float16 alone has too small a range for gradients: they are scaled up, and back down.
         self.scaler = torch.amp.GradScaler(
@@ -1044,80 +875,66 @@ class Run:
         if recipe.compile:
             self.model.compile()  # in place: the names in the checkpoint stay as they are
 
-    def lr_of(self, step: int) -> float:
-        r = self.recipe
-        return lr_at(
-            step, self.total, round(self.steps * r.warmup_epochs), r.lr, r.min_lr, r.schedule)
-
-    def load_initial(self, source: Source) -> convnext.Report:
-        """Begin with the weights of a source, without a classifier for other classes."""
-        weights, classes = source.weights, self.data.classes
-        if source.notes.get("classes", classes) == classes and (
-                source.network["num_classes"] == len(classes)):
+    def load_initial(self, source: Source) -> str:
+        """Begin with the weights of a source, but without a classifier for other classes."""
+        tensors, classes = source.weights.tensors, self.data.classes
+        if (source.classes or classes) == classes and source.network["num_classes"] == len(classes):
             check_classes(source, classes)
         else:
-            weights = weights._replace(tensors={
-                k: v for k, v in weights.tensors.items() if not k.startswith("head.fc.")})
-        try:
-            with warnings.catch_warnings(action="ignore"):  # `describe` prints the report
-                report = convnext.load_weights(self.model, weights)
-        except ValueError as error:
-            raise UserError(f"{source.name}: {reason(error)}") from error
+            tensors = {k: v for k, v in tensors.items() if not k.startswith("head.fc.")}
+        with naming(source.name), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `describe` prints the report
+            report = convnext.load_weights(self.model, source.weights._replace(tensors=tensors))
         new = [line for line in report.kept if not line.startswith("head.")]
         if self.recipe.freeze_backbone and new:
             raise UserError("--freeze-backbone would leave untrained what does not come from "
-                            f"{source.name}: {', '.join(new)}")
-        return report
+                            f"{source.name}: {some(new)}")
+        return str(report)
 
-    def measure(self, split: str, images: Images) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """The accuracy of the weights, and of their average, as columns of metrics.csv."""
-        columns = {}
+        data, columns, split = self.data, {}, "val" if self.data.val else "test"
         for prefix, model in ((split, self.model), (f"{split}_ema", self.ema)):
-            result = model and evaluate(
-                model, images, self.data.mean, self.data.std, self.recipe.workers, self.precision,
-                stopped=lambda: self.stopped_by)
-            columns |= {f"{prefix}_{name}": value for name, value in (result or {}).items()}
+            result = evaluate(
+                model, data.val or data.test, data.mean, data.std, self.recipe.workers,
+                self.precision, stopped=lambda: self.stopped_by) if model else {}
+            columns |= {f"{prefix}_{name}": value for name, value in result.items()}
         return columns
 
-    def state(self) -> dict:
+    def parts(self) -> dict[str, Any]:
+        """What has a state_dict, by its name in the checkpoint."""
+        parts = {"model": self.model, "scaler": self.scaler} | {
+            type(optimizer).__name__: optimizer for optimizer in self.optimizers}
+        return parts | {"ema": self.ema} if self.ema else parts
+
+    def state(self) -> dict[str, Any]:
         """Plain data, which `torch.load(weights_only=True)` reads without running any code."""
         return {
             "made_by": MADE_BY, "args": asdict(self.recipe), "classes": self.data.classes,
             "mean": self.data.mean.tolist(), "std": self.data.std.tolist(),
             "fingerprint": self.data.fingerprint, "step": self.step, "history": self.history,
-            "sums": self.sums, "model": self.model.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema else None,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict()}
+            "sums": self.sums, **{name: part.state_dict() for name, part in self.parts().items()}}
 
     def load_state(self, state: Mapping) -> None:
         if state["fingerprint"] != self.data.fingerprint:
             raise UserError("--resume needs the training images that the run began with; those in "
                             f"{self.recipe.data_dir} have other names, classes or contents")
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        if state["scaler"]:  # in float16
-            self.scaler.load_state_dict(state["scaler"])
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
         self.step, self.history, self.sums = state["step"], state["history"], state["sums"]
         self.sums["loss"] = self.sums["loss"].to(self.device)
-        if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.fill_(self.step)  # at 0 the next update would copy, not average
-
 
 @torch.no_grad()
 def check_finite(run: Run) -> None:
     """Raise UserError once the loss or a weight is infinite or not a number."""
     epoch, done = divmod(run.step - 1, run.steps)
     for name, value in (("loss", run.sums["loss"] / (done + 1)),
-                        ("norm of the weights", nn.utils.get_total_norm(run.model.parameters()))):
-        if not value.isfinite() or run.scaler.is_enabled() and run.scaler.get_scale() < 1:
-            raise UserError(
-                f"the {name} is {value.item()}, or no gradient fits into float16, at step "
-                f"{done + 1} of epoch {epoch + 1} and lr {run.lr_of(run.step - 1):.1e}: try a lower "
-                f"--lr, --clip-grad 1, or --amp off. {run.folder} stays as it was before")
-
+                        ("norm of the weights", nn.utils.get_total_norm(run.model.parameters())),
+                        ("inverse scale in float16", torch.tensor(run.scaler.get_scale()) ** -1)):
+        if not value.isfinite():
+            raise UserError(f"the {name} became {value.item()} by step {done + 1} of epoch "
+                            f"{epoch + 1}, at lr {run.sums['lr']:.1e}: try a lower --lr, "
+                            f"--clip-grad 1 or --amp off. {run.folder} stays as it was before")
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Replace a file as a whole: a crash or a full disk leaves the old one as it was."""
@@ -1128,86 +945,56 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:  # PyTorch reports a full disk by a RuntimeError
-        raise UserError(f"cannot write {path} ({reason(error)}); the files of the last epoch stay. "
-                        "Make room and use --resume") from error
+        raise UserError(f"cannot write {path} ({reason(error)}); what was there stays, so make "
+                        "room and --resume the run") from error
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def save(run: Run) -> None:
-    """Write best.pt if the held-out images choose it, weights.safetensors at the end, last.pt and
-    metrics.csv; in this order, so that a run killed before last.pt repeats all of it."""
+    """Write best.pt if the held-out images choose it, at the end weights.safetensors, last.pt and
+    metrics.csv: in this order, so that a run killed before last.pt writes all of them again."""
     check_finite(run)
-    state, folder = run.state(), run.folder
-    scores = [row.get("val_ema_top1" if run.ema else "val_top1", -1.0) for row in run.history]
-    if run.step == len(run.history) * run.steps and scores[-1] > max(scores[:-1], default=-1.0):
+    state, folder, history = run.state(), run.folder, run.history
+    scores = [row.get("val_ema_top1" if run.ema else "val_top1", -1.0) for row in history] or [-1.0]
+    if run.step == len(history) * run.steps and scores[-1] > max(scores[:-1], default=-1.0):
         write_file(folder / "best.pt", lambda path: torch.save(state, path))
-    if len(run.history) == run.recipe.epochs:
-        tensors = {k: v.cpu().contiguous() for k, v in (state["ema"] or state["model"]).items()}
+    if len(history) == run.recipe.epochs:
+        tensors = (run.ema.module if run.ema else run.model).state_dict()
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         notes = {k: json.dumps(state[k]) for k in ("made_by", "args", "classes", "mean", "std")}
         write_file(folder / "weights.safetensors", lambda path: save_file(tensors, path, notes))
     write_file(folder / "last.pt", lambda path: torch.save(state, path))
-    columns = [*max(run.history, key=len, default={})]  # not every row has an evaluation
-    lines = [columns, *([row.get(name, "") for name in columns] for row in run.history)]
+    columns = [*max(history, key=len, default={})]  # some rows have no evaluation
+    lines = [columns, *([row.get(name, "") for name in columns] for row in history)]
     text = "".join(",".join(map(str, line)) + "\n" for line in lines)
     write_file(folder / "metrics.csv", lambda path: path.write_text(text))
 
-
-@contextlib.contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Make the folder of a run and lock it against a second run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115, closed, and so unlocked, below or by kill
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in folder.glob("*.tmp"):  # by a killed run
-            left.unlink()
-    except BlockingIOError as error:
-        raise UserError(f"another run is writing to {folder}, or was killed seconds ago") from error
-    except OSError as error:
-        raise UserError(f"cannot write to --output {folder} ({error.strerror})") from error
-    with lock:
-        try:
-            yield
-        finally:
-            if [path.name for path in folder.iterdir()] == [".lock"]:  # nothing came of the run
-                shutil.rmtree(folder, ignore_errors=True)
-
-
 def describe(run: Run) -> None:
-    """Print what is about to happen, and note it in the run folder."""
-    recipe, data, device = run.recipe, run.data, run.device
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    text = json.dumps({"argv": sys.argv, "args": asdict(recipe), "versions": versions}, indent=2)
+    """Print what is about to happen, and note the settings in args.json."""
+    r, data, sizes = run.recipe, run.data, [p.numel() for p in run.model.parameters()]
+    text = json.dumps({"argv": sys.argv, "args": asdict(r), "torch": torch.__version__}, indent=2)
     write_file(run.folder / "args.json", lambda path: path.write_text(text + "\n"))
-    with torch.device("meta"):
-        macs = convnext.count_macs(build_model(recipe, len(data.classes)), recipe.img_size)
-    size = sum(p.numel() for p in run.model.parameters())
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    lines = [
-        f"model   ConvNeXt-{recipe.variant}, patch size {recipe.patch_size}: {size:,} parameters"
-        f"{f' ({trained:,} trained)' if trained < size else ''}, {macs / 1e9:.3f} GMACs at "
-        f"{recipe.img_size}x{recipe.img_size}",
-        f"init    {recipe.init_from}: {run.report}" if run.report else "",
-        f"teacher {recipe.teacher}, alpha {recipe.distill_alpha:g}, temperature "
-        f"{recipe.distill_temperature:g}" if recipe.teacher else "",
-        f"data    {recipe.dataset}: {len(data.train):,} training"
-        f"{f' + {len(data.val):,} held-out' if data.val else ''} + {len(data.test):,} test images, "
-        f"{len(data.classes)} classes ({some(data.classes)})",
-        f"device  {device.type} ({name}), {str(run.precision)[6:]}, torch {torch.__version__}"
-        f"{', compiled' if recipe.compile else ''}",
-        f"steps   {recipe.epochs} epochs x {run.steps} of {recipe.batch_size} images, lr "
-        f"{recipe.lr:g}, weight decay {recipe.weight_decay:g}, seed {recipe.seed}",
-        f"run     {run.folder}"]
-    say("\n".join(filter(None, lines)))
-
+    frozen = f" ({trained:,} trained)" if r.freeze_backbone else ""
+    init = f"init    {r.init_from}: {run.origin}\n" if run.origin else ""
+    teacher = (f"teacher {r.teacher}, alpha {r.distill_alpha:g}, temperature "
+               f"{r.distill_temperature:g}\n") if run.teacher else ""
+    held_out = f" + {len(data.val):,} held-out" if data.val else ""
+    cuda = run.device.type == "cuda"
+    name = torch.cuda.get_device_name(run.device) if cuda else platform.machine()
+    say(f"model   ConvNeXt-{r.variant}, patch size {r.patch_size}: {sum(sizes):,} parameters"
+        f"{frozen}, {run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n{init}{teacher}"
+        f"data    {r.dataset}: {len(data.train):,} training{held_out} + {len(data.test):,} test "
+        f"images, {len(data.classes)} classes ({some(data.classes)})\n"
+        f"device  {run.device.type} ({name}), {str(run.precision)[6:]}, torch {torch.__version__}"
+        f"{', compiled' if r.compile else ''}\n"
+        f"steps   {r.epochs} epochs x {run.steps} of {r.batch_size} images, lr {r.lr:g}, weight "
+        f"decay {r.weight_decay:g}, seed {r.seed}\n"
+        f"run     {run.folder}")
 
 def log(run: Run, seconds_left: float) -> None:
     """Print the newest row of the history."""
-    row, split = run.history[-1], "val" if run.data.val else "test"
-    results = ""
+    row, split, results = run.history[-1], "val" if run.data.val else "test", ""
     if f"{split}_loss" in row:
         results = f"  {split} loss {row[f'{split}_loss']:.3f}  top-1 {row[f'{split}_top1']:5.2f} %"
     if f"{split}_ema_top1" in row:
@@ -1217,117 +1004,104 @@ def log(run: Run, seconds_left: float) -> None:
         f"{row['train_loss']:.3f}{results}  {row['images_per_s']:5.0f} img/s  "
         f"data {row['data_share']:2.0%}  {minutes}:{seconds:02} left")
 
-
 @contextlib.contextmanager
 def stop_signals(run: Run) -> Iterator[None]:
     """Let a signal end the run after the present step. A second Ctrl-C acts at once.
 
-    SIGTERM and SIGUSR1 come from schedulers, SIGHUP from a terminal that closes (unless nohup had
-    it ignored). These may come twice, so the second has no effect.
+    SIGTERM and SIGUSR1 come from schedulers, SIGHUP from a terminal that closes (unless under
+    nohup). Those may come twice, which is why only Ctrl-C acts when repeated.
     """
     def receive(number: int, _frame: Any) -> None:
         run.stopped_by = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    with contextlib.ExitStack() as handlers:  # when closed it restores the former handlers
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows lacks the last two
+    with contextlib.ExitStack() as handlers:  # puts the former handlers back
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # Windows lacks the last two
+            number = getattr(signal, name, None)
             if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
                 handlers.callback(signal.signal, number, signal.signal(number, receive))
         yield
 
-
 def train(run: Run) -> None:
-    """Train from where the run stands to its end, or until a signal stops it; save each epoch."""
-    recipe, data, begun, started = run.recipe, run.data, run.step, time.perf_counter()
+    """Train from where the run stands to its end or to a signal, and save after each epoch."""
+    epochs, begun, started = run.recipe.epochs, run.step, time.perf_counter()
     with stop_signals(run), tqdm(
             total=run.total, initial=run.step, unit="step", disable=None) as progress:
-        while len(run.history) < recipe.epochs and not run.stopped_by:
+        while len(run.history) < epochs and not run.stopped_by:
             row = train_epoch(run, progress)
-            if row and (row["epoch"] % recipe.eval_every == 0 or row["epoch"] == recipe.epochs):
-                row |= run.measure("val", data.val) if data.val else run.measure("test", data.test)
-            if not run.stopped_by:  # an epoch whose evaluation was stopped is evaluated on resume
+            if row and (row["epoch"] % run.recipe.eval_every == 0 or row["epoch"] == epochs):
+                row |= run.measure()
+            if not run.stopped_by:  # else --resume repeats the evaluation
                 run.history.append(row)
             save(run)
             if not run.stopped_by:
                 a_step = (time.perf_counter() - started) / max(1, run.step - begun)
                 log(run, a_step * (run.total - run.step))
 
-
 def report(source: Source, recipe: Recipe, test: Images) -> None:
     """Print the accuracy of the weights in a source on the test images, and of their average."""
     check_classes(source, test.classes)
     device = pick_device(recipe.device)
     mean, std = (torch.tensor(source.images[name], device=device) for name in ("mean", "std"))
-    model = place(convnext.from_checkpoint(source.weights), recipe, device)
-    kinds = {"raw": source.state["model"], "EMA": source.state["ema"]} if source.state else {
-        "weights": source.weights}
-    for title, weights in kinds.items():
-        if weights is not None:
-            convnext.load_weights(model, weights, strict=True)
-            for mirror in (False, True)[: 1 + recipe.tta]:
-                result = evaluate(model, test, mean, std, recipe.workers,
-                                  pick_precision(recipe.amp, device), tta=mirror)
-                say(f"{source.name} ({title}{', with mirror images' if mirror else ''}): test loss "
-                    f"{result['loss']:.4f}  top-1 {result['top1']:.2f} %  top-5 "
-                    f"{result['top5']:.2f} %  of {len(test):,} images, "
-                    f"{recipe.img_size}x{recipe.img_size}")
-
+    found = {"raw": source.state.get("model"), "EMA": source.state.get("ema")}
+    for title, weights in (found if source.state else {"weights": source.weights}).items():
+        model = weights and convnext.from_checkpoint(weights).to(
+            device, memory_format=torch.channels_last)
+        for mirror in (False, True)[: 1 + recipe.tta] if model else ():
+            result = evaluate(model, test, mean, std, recipe.workers,
+                              pick_precision(recipe.amp, device), mirror)
+            say(f"{source.name} ({title}{', with mirror images' if mirror else ''}): test loss "
+                f"{result['loss']:.4f}  top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} % "
+                f" of {len(test):,} images, {recipe.img_size}x{recipe.img_size}")
 
 # --- 9. Command line ----------------------------------------------------------------------------
 
-ANY_TIME = {  # may be given beside --resume, since it does not change what is learned
-    "data_dir", "workers", "device", "accumulate", "eval_every", "tta"}
-EVALUATION = {  # may be given beside --eval-only
-    "dataset", "data_dir", "img_size", "crop_pct", "skip_bad", "workers", "device", "amp", "tta"}
-FIELDS = {f.name: f for f in fields(Recipe)}
-KINDS = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
-
-
-def kind(name: str) -> type:
-    """The type of a setting, for `float | None` float."""
-    return next(t for t in (*get_args(FIELDS[name].type), FIELDS[name].type) if t in KINDS)
-
+FIELDS = {field.name: field for field in fields(Recipe)}
+ANY_TIME = {  # may be given beside --resume, as it does not change what is learned
+    "resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta"}
+EVALUATION = {"eval_only", "dataset", "data_dir", "img_size", "crop_pct", "skip_bad", "workers",
+              "device", "amp", "tta"}
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
+def kind(name: str) -> type:
+    """The type of a setting; of `float | None` it is float."""
+    return (*get_args(FIELDS[name].type), FIELDS[name].type)[0]
 
-def complete(recipe: Recipe) -> None:
-    """Fill in the defaults that depend on other settings; raise UserError for what is not allowed.
+def complete(r: Recipe) -> None:
+    """Check every value, wherever it comes from, and fill in the defaults that follow from others.
 
-    This holds wherever a value comes from, be it the command line or a checkpoint.
+    Raises UserError for a value that is not allowed.
     """
-    for name, about in ((name, f.metadata) for name, f in FIELDS.items()):
-        value, choices = getattr(recipe, name), about.get("choices")
-        least, above = about.get("least", -math.inf), about.get("above", -math.inf)
-        most, below = about.get("most", math.inf), about.get("below", math.inf)
-        fine = isinstance(value, kind(name)) and (value in choices if choices else kind(name) in (
-            str, bool) or least <= value <= most and above < value < below)
-        if not fine and not value is FIELDS[name].default is None:
-            limits = [f"{k} {about[k]}" for k in ("least", "above", "most", "below") if k in about]
-            allowed = f"one of {some(choices, 99)}" if choices else ", ".join(
-                [KINDS[kind(name)], *limits])
-            raise UserError(f"{flag(name)} must be {allowed}, not {value!r}")
-    if recipe.layer_scale is None:
-        recipe.layer_scale = 0.0 if convnext.VARIANTS[recipe.variant].grn else 0.1
-    if recipe.warmup_epochs is None:
-        recipe.warmup_epochs = recipe.epochs / 20
-    if recipe.mix_off_epochs is None:
-        recipe.mix_off_epochs = recipe.epochs // 10
-    stride = 8 * recipe.patch_size  # of the whole network
+    for name in FIELDS:
+        value, allowed = getattr(r, name), FIELDS[name].metadata["allowed"]
+        fine = isinstance(value, kind(name)) or value is None is FIELDS[name].default
+        if fine and isinstance(allowed, tuple):
+            fine = value in allowed
+        elif fine and allowed and value is not None:
+            low, high = map(float, allowed[1:-1].split(","))
+            fine = low <= value <= high and not (
+                allowed[0] == "(" and value == low or allowed[-1] == ")" and value == high)
+        if not fine:
+            what = {int: "a whole number in ", float: "a number in "}.get(kind(name), "one of ")
+            raise UserError(f"{flag(name)} must be {what}{allowed}, not {value!r}")
+    for name, value in (("layer_scale", 0.0 if convnext.VARIANTS[r.variant].grn else 0.1),
+                        ("warmup_epochs", r.epochs / 20), ("mix_off_epochs", r.epochs // 10)):
+        if getattr(r, name) is None:
+            setattr(r, name, value)
+    stride = 8 * r.patch_size  # of the whole network
     for name, fine, allowed in (
-        ("warmup_epochs", recipe.warmup_epochs < recipe.epochs, f"below --epochs {recipe.epochs}"),
-        ("min_lr", recipe.min_lr <= recipe.lr, f"up to --lr {recipe.lr}"),
-        ("accumulate", recipe.accumulate <= recipe.batch_size, "up to --batch-size"),
-        ("img_size", recipe.img_size >= stride, f"{stride} or more at this --patch-size"),
-        ("start_size", recipe.start_size == 0 or stride <= recipe.start_size <= recipe.img_size,
-         f"0, or from {stride} to --img-size"),
-        ("crop_padding", recipe.crop_padding < recipe.img_size, "below --img-size"),
+        ("warmup_epochs", r.warmup_epochs < r.epochs, f"below --epochs, {r.epochs}"),
+        ("min_lr", r.min_lr <= r.lr, f"up to --lr, {r.lr}"),
+        ("accumulate", r.accumulate <= r.batch_size, f"up to --batch-size, {r.batch_size}"),
+        ("img_size", r.img_size >= stride, f"{stride} or more at --patch-size {r.patch_size}"),
+        ("start_size", not r.start_size or stride <= r.start_size <= r.img_size,
+         f"0, or from {stride} to --img-size, {r.img_size}"),
+        ("crop_padding", r.crop_padding < r.img_size, f"below --img-size, {r.img_size}"),
     ):
         if not fine:
-            raise UserError(f"{flag(name)} must be {allowed}, not {getattr(recipe, name)}")
-
+            raise UserError(f"{flag(name)} must be {allowed}, not {getattr(r, name)}")
 
 def parse(argv: list[str]) -> dict[str, Any]:
     """The command line -> what was typed, and nothing else: {"batch_size": 64, ...}."""
@@ -1335,144 +1109,136 @@ def parse(argv: list[str]) -> dict[str, Any]:
         usage="python train.py [--option value ...]; --help lists the options",
         description=__doc__.partition("\n")[0], argument_default=argparse.SUPPRESS,
         allow_abbrev=False)  # --mix must not pass for --mixup
-    group = parser.add_argument_group("what to do, other than to begin a run")
-    group.add_argument("--resume", metavar="LAST.PT", help="continue this run to its end")
+    group = parser.add_argument_group("what to do")
+    group.add_argument("--recipe", choices=("scratch", "finetune", "fast"), help="other defaults; "
+                       "finetune: for --init-from; fast: for two CPU cores")
+    group.add_argument("--resume", metavar="LAST.PT", help="continue this run")
     group.add_argument("--eval-only", metavar="SOURCE", help="measure the accuracy of last.pt, "
-                       "best.pt, weights.safetensors, or of anything that --init-from takes")
-    group.add_argument("--recipe", choices=("scratch", "finetune", "fast"), help="other defaults. "
-                       "finetune: for --init-from; fast: a small network on two CPU cores")
-    for name, about in ((name, f.metadata) for name, f in FIELDS.items()):
+                       "best.pt, weights.safetensors, or of what --init-from takes")
+    for name, setting in FIELDS.items():
+        about, default = setting.metadata, setting.default
         if "group" in about:
             group = parser.add_argument_group(about["group"])
-        default = FIELDS[name].default
-        text = about["help"].replace("%", "%%") + (
-            "" if default in (None, False) else f" (default: {default})")
         how = {"action": argparse.BooleanOptionalAction} if kind(name) is bool else {
-            "type": kind(name), "choices": about.get("choices"),
-            "metavar": "NAME" if name == "variant" else None}
-        group.add_argument(flag(name), *filter(None, [about.get("also")]), help=text, **how)
+            "type": kind(name), "metavar": "NAME" if name == "variant" else None,
+            "choices": about["allowed"] if isinstance(about["allowed"], tuple) else None}
+        more = "" if default in (None, False) else f"; default {default}"
+        group.add_argument(flag(name), *filter(None, [about.get("short")]),
+                           help=about["help"] + more, **how)
     # The authors write --drop_path.
     argv = [re.sub("^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in argv]
     given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        if value == "":  # as from a shell variable that is not set
-            parser.error(f"{flag(name)} must not be empty")
+    if empty := [flag(name) for name in given if given[name] == ""]:  # a shell variable, not set
+        parser.error(f"{some(empty)} must not be empty")
     return given
 
-
-def refuse_beside(given: dict[str, Any], action: str, allowed: set[str], hint: str) -> None:
-    if unfit := [flag(name) for name in given if name not in allowed | {action}]:
-        raise UserError(f"{', '.join(unfit)} cannot be given beside {flag(action)}: {hint}")
-
+def refuse_contradictions(given: dict[str, Any], source: Source | None) -> None:
+    """Raise UserError for flags that cannot stand together."""
+    args, resume, evaluation = source.args if source else {}, "resume" in given, "eval_only" in given
+    changed = [flag(k) for k in given if k not in ANY_TIME and args.get(k) != given[k]]
+    idle = [flag(k) for k in given if k not in EVALUATION]
+    adds = "init_from" in given or not (
+        given.get("recipe") == "finetune" or given.get("freeze_backbone"))
+    for wrong, text in (
+        (resume and not source.state, "--resume takes a last.pt of this version of train.py"),
+        (resume and changed, f"--resume continues a run as it is, so {some(changed)} cannot be "
+         "changed: a longer or different run begins with --init-from"),
+        (evaluation and idle, f"{some(idle)} cannot be given with --eval-only, which trains nothing "
+         "and takes the network from the weights"),
+        (not adds, "--recipe finetune and --freeze-backbone need weights: --init-from SOURCE"),
+        ("init_from" in given and (given.get("recipe") == "fast" or given.get("init") == "fan-in"),
+         "--recipe fast and --init fan-in begin a new network, --init-from does not"),
+        (not given.get("teacher") and given.keys() & {"distill_alpha", "distill_temperature"},
+         "--distill-alpha and --distill-temperature need a --teacher"),
+    ):
+        if wrong:
+            raise UserError(text)
 
 def combine(given: dict[str, Any], source: Source | None = None) -> Recipe:
-    """All settings, in their order of precedence, from what was typed and from the weights."""
-    typed = {name: value for name, value in given.items() if name in FIELDS}
-    if "resume" in given:
-        saved = {k: v for k, v in source.notes["args"].items() if k in FIELDS}
-        saved["output"] = str(Path(given["resume"]).parent)
-        changed = {k: v for k, v in given.items() if k not in saved or saved[k] != v}
-        refuse_beside(changed, "resume", ANY_TIME, "the run keeps its settings. A longer or "
-                      f"different run begins with --init-from {given['resume']}")
-        return Recipe(**saved | typed)
-    weights = {}
+    """All settings. Later ones win: defaults, the weights', the named recipe's, those typed.
+
+    With --resume and --eval-only, the checkpoint's own stand where the named recipe does.
+    """
+    refuse_contradictions(given, source)
+    typed, weights, named = {k: v for k, v in given.items() if k in FIELDS}, {}, {}
     if source:
         weights = {k: source.network[k] for k in ("variant", "patch_size", "layer_scale")} | {
             k: v for k, v in source.images.items() if k in ("img_size", "crop_pct")}
         if typed.get("img_size", weights["img_size"]) != weights["img_size"]:
-            weights.pop("crop_pct", None)  # it is meant for the weights' own size
-    if "eval_only" in given:
-        refuse_beside(given, "eval_only", EVALUATION, "it changes nothing in an evaluation")
-        saved = {k: v for k, v in source.notes.get("args", {"dataset": "imagenet"}).items()
-                 if k in EVALUATION - {"workers", "device"}}
-        return Recipe(**saved | weights | typed)
-    name, from_weights = given.get("recipe", "scratch"), "init_from" in given
-    if not from_weights and (name == "finetune" or "freeze_backbone" in given):
-        raise UserError("--recipe finetune and --freeze-backbone need weights: --init-from SOURCE")
-    if from_weights and (name == "fast" or given.get("init") == "fan-in"):
-        raise UserError("--recipe fast and --init fan-in begin without weights, not --init-from")
-    if "teacher" not in given and {"distill_alpha", "distill_temperature"} & given.keys():
-        raise UserError("--distill-alpha and --distill-temperature need a --teacher")
-    some_known = Recipe(**weights | typed)
-    named = {"scratch": {}, "fast": FAST,
-             "finetune": finetune(some_known.variant, some_known.batch_size)}[name]
+            weights.pop("crop_pct", None)  # it belongs to the weights' own size
+    if "resume" in given:
+        named = {k: v for k, v in source.args.items() if k in FIELDS}
+        named["output"] = str(Path(given["resume"]).parent)
+    elif "eval_only" in given:
+        named = {"dataset": "imagenet"} | {k: v for k, v in source.args.items() if k in (
+            "dataset", "data_dir", "skip_bad", "amp")}
+    elif given.get("recipe") == "finetune":
+        known = {"variant": Recipe.variant, "batch_size": Recipe.batch_size} | weights | typed
+        named = finetune(known["variant"], known["batch_size"])
+    elif given.get("recipe") == "fast":
+        named = FAST
     if given.get("freeze_backbone"):
         named = named | {"drop_path": 0.0}  # what does not learn needs no noise
-    if named:
-        say("recipe  " + name + ": " + ", ".join(
-            f"{flag(k)[2:]} {v}" for k, v in named.items() if k not in typed))
+    if "recipe" in given:
+        say(f"recipe  {given['recipe']}: " + ", ".join(
+            f"{k.replace('_', '-')} {v}" for k, v in named.items() if k not in typed))
     return Recipe(**weights | named | typed)
 
-
 def main(argv: list[str]) -> int:
-    """Do what the command line says -> the exit code. Raises UserError, or KeyboardInterrupt."""
+    """Do what the command line says -> the exit code. Raises UserError and KeyboardInterrupt."""
     given = parse(argv)
     actions = [name for name in ("resume", "eval_only", "init_from") if name in given]
     if len(actions) > 1:
         raise UserError(f"{' and '.join(map(flag, actions))} cannot be given together")
     source = open_weights(given[actions[0]]) if actions else None
-    resume = "resume" in given
-    if resume and not source.state:
-        raise UserError(f"--resume takes the last.pt of this version of train.py, not "
-                        f"{source.name}")
     recipe = combine(given, source)
     if "eval_only" in given:
-        report(source, recipe, load_split(recipe, False, source.notes.get("classes")))
+        report(source, recipe, load_split(recipe, False, source.classes))
         return 0
     recipe.output = recipe.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{recipe.variant}")
-    last, best = Path(recipe.output) / "last.pt", Path(recipe.output) / "best.pt"
-    if last.exists() and not (resume and last.samefile(source.name)):
-        raise UserError(f"{recipe.output} holds a run already: --resume {last}, or give another "
-                        "--output")
+    folder = Path(recipe.output)
+    last, best = folder / "last.pt", folder / "best.pt"
+    if last.exists() and not ("resume" in given and last.samefile(given["resume"])):
+        raise UserError(f"{folder} holds a run: give --resume {last}, or another --output")
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TensorFloat-32, on GPUs that have it
     torch.backends.cudnn.benchmark = True  # few batch sizes: find the fastest kernels of each
-    with claim(Path(recipe.output)):
-        run = Run(recipe, source, resume)
+    run = Run(recipe, source, "resume" in given)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another run is writing to {folder}") from error
+    with lock:
         describe(run)
         train(run)
         if run.stopped_by:
-            say("stopped; to go on: python train.py --resume " + shlex.quote(str(last)), sys.stderr)
+            say(f"stopped; to go on: python train.py --resume {shlex.quote(str(last))}", sys.stderr)
             return 128 + run.stopped_by
-        save(run)  # a run resumed at its end may lack a file
+        save(run)  # of a run that was complete, a file may be missing
         for path in (last, best) if run.data.val else (last,):
             report(open_weights(str(path)), recipe, run.data.test)
     return 0
 
-
 def keep_freed_memory() -> None:
-    """Have glibc, Linux's C library, keep freed memory instead of returning it to the kernel.
-
-    Otherwise the kernel hands each step its pages anew, one by one and filled with zeros: a
-    quarter of a step's time on a CPU.
-    """
+    """Have glibc keep freed memory. Linux would hand each step its pages anew, one by one and
+    filled with zeros: a quarter of a step's time on a CPU."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD in malloc.h
         libc.mallopt(-4, 0)  # M_MMAP_MAX
 
-
-class Unfailing:
-    """A text stream that drops what it cannot write: a full disk under the log, or a terminal that
-    was closed, must not end a run."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115, Python had none
-        self.stream.reconfigure(errors="backslashreplace", line_buffering=True)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
+def unfailing(method: Callable) -> Callable:
+    """Ignore what goes wrong: a full disk under the log or a closed terminal must not end a run."""
+    def call(*args: Any) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            method(*args)
+    return call
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        stream.write, stream.flush = unfailing(stream.write), unfailing(stream.flush)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
