@@ -10,8 +10,8 @@
 
 The default recipe is the paper's for ImageNet (table 5), adapted to a hundred epochs of 32x32
 images; README.md lists the differences and the measurements behind them. Sections 1 to 4 are what
-learns: the recipe, augmentation, optimisation, and the step, the epoch and the evaluation. The rest
-serves them: 5 RandAugment's operations, 6 data, 7 weights, 8 the run, 9 the command line.
+learns: recipe, augmentation, optimisation, and the step, the epoch and the evaluation. They are
+served by 5 RandAugment's operations, 6 data, 7 weights, 8 the run and 9 the command line.
 """
 
 import argparse
@@ -21,9 +21,7 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
-import shlex
 import signal
 import sys
 import time
@@ -31,7 +29,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -53,7 +50,6 @@ from tqdm import tqdm
 import convnext
 
 # --- 1. Recipe ----------------------------------------------------------------------------------
-
 def setting(default: Any, help_: str, allowed: str | tuple = "", **more: Any) -> Any:
     """A field of Recipe. `allowed`: the words or the interval to choose from; [0, 1) excludes 1."""
     return field(default=default, metadata={"help": help_, "allowed": allowed, **more})
@@ -64,51 +60,44 @@ class Recipe:
 
     dataset: str = setting("cifar10", "images to train on", (
         "cifar10", "cifar100", "food101", "imagenet", "folder", "synthetic"), group="data")
-    data_dir: str = setting("data", "place of the data set; for folder: of train/ and test/ (or "
-                            "val/), each with one folder per class")
+    data_dir: str = setting("data", "its place. For folder it holds train/ and test/ (or val/), "
+                            "each with one folder per class")
     img_size: int = setting(32, "side of the images in pixels; up to 64 they are kept in memory. "
-                            "With --init-from: the side that its network expects", "[1, inf)")
-    crop_pct: float | None = setting(
-        None, "share of the shorter side to evaluate on, if above 64 pixels. Default: 0.875; from "
-        "384 pixels on the whole image, squeezed into a square", "(0, 1]")
+                            "Default with --init-from: that of its network", "[1, inf)")
+    crop_pct: float | None = setting(None, "share of the shorter side to evaluate on, above 64 "
+                                     "pixels. Default: 0.875; 1 and squeezed from 384", "(0, 1]")
     val_size: int = setting(0, "training images to hold out; they choose best.pt", "[0, inf)")
     skip_bad: bool = setting(False, "leave out images that cannot be read")
     workers: int = setting(
         min(8, os.cpu_count() or 1), "processes that read images", "[0, inf)", short="-j")
-
-    crop_padding: int = setting(4, "largest shift of an image, if up to 64 pixels", "[0, inf)",
+    crop_padding: int = setting(4, "largest shift of an image, up to 64 pixels", "[0, inf)",
                                 group="augmentation (0 turns a part off)")
-    crop_scale: float = setting(0.08, "least area of a random crop, if above 64 pixels", "[0, 1]")
+    crop_scale: float = setting(0.08, "least area of a random crop, above 64 pixels", "[0, 1]")
     flip: float = setting(0.5, "probability of a mirror image", "[0, 1]")
     rand_augment: float = setting(9.0, "strength of RandAugment", "[0, 10]")
     random_erase: float = setting(0.25, "probability of an erased rectangle", "[0, 1]")
     mixup: float = setting(0.8, "alpha of MixUp", "[0, inf)")
     cutmix: float = setting(1.0, "alpha of CutMix", "[0, inf)")
     mix_prob: float = setting(1.0, "probability that a batch is mixed", "[0, 1]")
-    mix_off_epochs: int | None = setting(
-        None, "epochs at the end without mixing. Default: a tenth of the run", "[0, inf)")
+    mix_off_epochs: int | None = setting(None, "unmixed last epochs. Default: a tenth", "[0, inf)")
     start_size: int = setting(0, "side to shrink images to in the first epochs", "[0, inf)")
     start_share: float = setting(0.5, "share of the epochs at --start-size", "[0, 1]")
-
     variant: str = setting(
         "tiny", "size of the network", tuple(convnext.VARIANTS), short="--model", group="network")
     # The paper has 4 and 1e-6. At 32x32 both of these learn faster; README.md has the tables.
     patch_size: int = setting(2, "side of the stem's patches", (1, 2, 4))
-    layer_scale: float | None = setting(
-        None, "initial LayerScale; 0: none. Default: 0.1, none for V2", "[0, inf)")
+    layer_scale: float | None = setting(None, "initial LayerScale; 0: none. Default: 0.1, V2: none",
+                                        "[0, inf)")
     drop_path: float = setting(0.1, "stochastic depth: chance to skip the last block", "[0, 1)")
     init: str = setting("paper", "initial weights; fan-in: larger in narrow layers, with which "
                         "small networks learn sooner", ("paper", "fan-in"))
     head_init_scale: float = setting(1.0, "factor on the classifier's initial weights", "[0, inf)")
-
-    init_from: str | None = setting(
-        None, "begin with these weights: a file, an https address, timm:NAME or hf:REPO, in the "
-        "layout of Meta, timm, torchvision, Hugging Face or this program", group="other networks")
+    init_from: str | None = setting(None, "begin with these weights, in any layout: a file, an "
+                                    "https address, timm:NAME or hf:REPO", group="other networks")
     freeze_backbone: bool = setting(False, "train the classifier alone")
     teacher: str | None = setting(None, "learn from this network's outputs, too (distillation)")
     distill_alpha: float = setting(0.5, "the teacher's share of the loss", "[0, 1]")
     distill_temperature: float = setting(2.0, "divisor of both networks' logits", "(0, inf)")
-
     epochs: int = setting(100, "passes over the images", "[1, inf)", group="optimisation")
     batch_size: int = setting(128, "images per step", "[1, inf)", short="-b")
     accumulate: int = setting(1, "parts of a step: the same in less memory", "[1, inf)")
@@ -117,16 +106,14 @@ class Recipe:
     muon_lr: float = setting(0.02, "highest learning rate of Muon", "(0, inf)")
     min_lr: float = setting(1e-6, "last learning rate; Muon's in proportion", "[0, inf)")
     schedule: str = setting("cosine", "how the learning rate falls", ("cosine", "linear"))
-    warmup_epochs: float | None = setting(
-        None, "epochs of rising learning rate. Default: a twentieth of the run", "[0, inf)")
+    warmup_epochs: float | None = setting(None, "epochs of rising learning rate. Default: a "
+                                          "twentieth", "[0, inf)")
     layer_decay: float = setting(1.0, "factor on it from a layer to the one before", "(0, 1]")
     beta2: float = setting(0.999, "AdamW's decay rate of squared gradients", "[0, 1)")
     weight_decay: float = setting(0.05, "of matrices and filters", "[0, inf)", short="--wd")
     label_smoothing: float = setting(0.1, "share of a label spread over all classes", "[0, 1)")
     clip_grad: float = setting(0.0, "largest norm of the gradient; 0: any", "[0, inf)")
-    ema_horizon: float = setting(
-        0.04, "share of the run that the weights are averaged over; 0: no average", "[0, 1)")
-
+    ema_horizon: float = setting(0.04, "share of the run in the average of the weights", "[0, 1)")
     amp: str = setting("auto", "type of matrix products; auto: bf16 if the hardware has it",
                        ("auto", "bf16", "fp16", "off"), group="run")
     compile: bool = setting(False, "use torch.compile")
@@ -160,9 +147,8 @@ def finetune(variant: str, batch_size: int) -> dict[str, Any]:
         "ema_horizon": 0.13 if size == "xlarge" else 0.0}
 
 # --- 2. Augmentation ----------------------------------------------------------------------------
-# Whole batches on the training device, with random numbers for each image. (torchvision's
-# transforms draw once per batch.) Those that select images are drawn on the CPU, since the CPU
-# would have to wait for a GPU's.
+# Whole batches on the training device, with random numbers for each image (torchvision's transforms
+# draw once per batch). These are drawn on the CPU, which would have to wait for a GPU's.
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
     """(b,) -> (b, 1, 1, 1) on the device of x, to be combined with x."""
@@ -170,9 +156,7 @@ def per_sample(values: Tensor, x: Tensor) -> Tensor:
 
 def crop_and_flip(x: Tensor, padding: int, flip: float) -> Tensor:
     """Shift each image by up to `padding` pixels, reflecting its edge, and mirror some of them.
-
-    Computes which pixel goes where, and gathers once. Bytes (b, c, h, w) -> bytes (b, c, h, w).
-    """
+    Computes which pixel goes where, and gathers once. Bytes (b, c, h, w) -> bytes (b, c, h, w)."""
     b, c, h, w = x.shape
 
     def source(size: int) -> Tensor:  # (b, size): the row or column that each pixel comes from
@@ -188,24 +172,10 @@ def crop_and_flip(x: Tensor, padding: int, flip: float) -> Tensor:
 
 def random_erase(x: Tensor, chance: float) -> Tensor:
     """Fill a random rectangle of some images with noise, in place (Zhong et al., 2017).
-
-    It covers 2 to 33 % of the image; its sides differ by a factor of up to 3.3. x is normalised, so
-    standard normal noise is as bright as an image. (b, c, h, w) -> (b, c, h, w).
-    """
-    chosen = (torch.rand(len(x)) < chance).nonzero()[:, 0]
-    n, h, w = len(chosen), *x.shape[2:]
-    index = chosen.to(x.device, non_blocking=True)
-    area = torch.empty(n).uniform_(0.02, 1 / 3) * h * w
-    aspect = torch.empty(n).uniform_(math.log(0.3), math.log(1 / 0.3)).exp()
-    height = (area * aspect).sqrt().round().clamp(1, h)
-    width = (area / aspect).sqrt().round().clamp(1, w)
-    top = (torch.rand(n) * (h - height + 1)).floor()
-    left = (torch.rand(n) * (w - width + 1)).floor()
-    top, left, height, width = (per_sample(v, x) for v in (top, left, height, width))
-    row = rearrange(torch.arange(h, device=x.device), "h -> h 1")
-    column = torch.arange(w, device=x.device)
-    erased = ((row >= top) & (row < top + height)) & ((column >= left) & (column < left + width))
-    x[index] = torch.where(erased, torch.randn_like(x[index]), x[index])
+    It covers 2 to 33 % of the image. x is normalised, so standard normal noise is as bright."""
+    erase = T.RandomErasing(1.0, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
+    for i in (torch.rand(len(x)) < chance).nonzero()[:, 0].tolist():
+        x[i] = erase(x[i])
     return x
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -216,9 +186,7 @@ def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def augment(recipe: Recipe, data: "Data", x: Tensor, labels: Tensor, mix: bool,
             size: int) -> tuple[Tensor, Tensor]:
     """Bytes (b, 3, h, w) and labels (b,) -> what the network sees, and targets (b, classes).
-
-    mix: whether MixUp and CutMix are on. size: the side to shrink the images to.
-    """
+    mix: whether MixUp and CutMix are on. size: the side to shrink the images to."""
     x = crop_and_flip(x, recipe.crop_padding if recipe.img_size <= SMALL else 0, recipe.flip)
     x = x.float() / 255
     if recipe.rand_augment:
@@ -235,13 +203,10 @@ def augment(recipe: Recipe, data: "Data", x: Tensor, labels: Tensor, mix: bool,
     return x, F.one_hot(labels, len(data.classes)).float()
 
 # --- 3. Optimisation ----------------------------------------------------------------------------
-
 def lr_at(step: int, total: int, warmup: int, peak: float, floor: float,
           schedule: str = "cosine") -> float:
     """The learning rate of step 0 ... total - 1: up in a line, down in half a cosine or a line.
-
-    It depends on the step alone, so there is no scheduler whose state could be lost.
-    """
+    It depends on the step alone, so there is no scheduler whose state could be lost."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "linear":
@@ -250,12 +215,9 @@ def lr_at(step: int, total: int, warmup: int, peak: float, floor: float,
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 def layer_number(name: str, depths: tuple[int, ...]) -> int:
-    """The layer of a parameter for layer-wise decay of the learning rate: 0 is the stem.
-
+    """The layer of a parameter for layer-wise decay of the learning rate; the stem's is 0.
     Three blocks of the third stage are a layer, each other stage is one with the Downsample before
-    it, and the head is the last: the groups of the authors' optim_factory.py (27 blocks) and
-    layer_decay_optimizer_constructor.py (Tiny's 9).
-    """
+    it, and the head is the last, as in the authors' code for 27 blocks and for Tiny's 9."""
     part, stage, block = (name + "..").split(".")[:3]
     fourth_stage = 3 + math.ceil(depths[2] / 3)
     if part == "head":
@@ -265,9 +227,7 @@ def layer_number(name: str, depths: tuple[int, ...]) -> int:
 def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
                      layer_decay: float = 1.0, muon: bool = False) -> list[dict]:
     """What trains, by optimiser, weight decay and `lr_scale`, the factor on the learning rate.
-
-    Only matrices and filters decay: norms, biases, LayerScale and GRN have one axis and do not.
-    """
+    Only matrices and filters decay: norms, biases, LayerScale and GRN have one axis and do not."""
     depths, groups = tuple(map(len, model.stages)), {}
     head = layer_number("head", depths)
     for name, p in model.named_parameters():
@@ -280,23 +240,19 @@ def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
 
 def make_optimizers(model: convnext.ConvNeXt, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW; with --optimizer muon, Muon for the matrices of the blocks and AdamW for the rest.
-
-    Muon orthogonalises the step of a matrix, so that all its directions are learned equally fast.
-    """
-    groups = parameter_groups(
-        model, recipe.weight_decay, recipe.layer_decay, recipe.optimizer == "muon")
-    for group in groups:
-        group["lr_scale"] *= recipe.muon_lr / recipe.lr if group["muon"] else 1
-    adamw, muon = ([g for g in groups if g["muon"] == wanted] for wanted in (False, True))
-    optimizers = [torch.optim.AdamW(adamw, lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)]
-    return optimizers + ([torch.optim.Muon(muon, lr=recipe.muon_lr)] if muon else [])
+    Muon orthogonalises the step of a matrix, so that all its directions are learned equally fast."""
+    r, muon = recipe, recipe.optimizer == "muon"
+    adamw, matrices = [], []
+    for group in parameter_groups(model, r.weight_decay, r.layer_decay, muon):
+        (matrices if group["muon"] else adamw).append(group)
+        group["lr_scale"] *= r.muon_lr / r.lr if group["muon"] else 1
+    optimizers = [torch.optim.AdamW(adamw, lr=r.lr, betas=(0.9, r.beta2), fused=True)]
+    return optimizers + ([torch.optim.Muon(matrices, lr=r.muon_lr)] if matrices else [])
 
 def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T²·KL(softmax(teacher / T) ‖ softmax(logits / T)), both (b, classes).
-
     From Hinton et al., 2015. The teacher's small probabilities tell what a class resembles, and a
-    T above 1 raises them. The gradients fall with 1 / T², hence the factor.
-    """
+    T above 1 raises them. The gradients fall with 1 / T², hence the factor."""
     ours, theirs = ((x / temperature).log_softmax(1) for x in (logits, teacher))
     return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
 
@@ -310,7 +266,6 @@ def training_loss(recipe: Recipe, logits: Tensor, targets: Tensor,
     return torch.lerp(loss, distance, recipe.distill_alpha)
 
 # --- 4. Training --------------------------------------------------------------------------------
-
 CHECK_EVERY = 50  # steps; each check makes the CPU wait for the GPU
 
 def train_step(run: "Run", x: Tensor, y: Tensor) -> None:
@@ -341,48 +296,43 @@ def train_step(run: "Run", x: Tensor, y: Tensor) -> None:
 
 def train_epoch(run: "Run", progress: tqdm) -> dict[str, Any]:
     """The rest of an epoch -> its row for metrics.csv; {} if a signal stops it before its end.
-
     All random numbers follow from the seed and the epoch or step, so a resumed run draws the same.
-    (The large factors keep the steps, epochs and images of any two seeds apart.)
-    """
-    recipe, epoch, device = run.recipe, len(run.history), run.device
+    (The large factors keep the steps, epochs and images of any two seeds apart.)"""
+    recipe, epoch, data = run.recipe, len(run.history), run.data
     done = run.step - epoch * run.steps
     if not done:
-        run.sums = {"loss": torch.zeros((), device=device), "seconds": 0.0, "waiting": 0.0}
+        run.sums = {"loss": torch.zeros((), device=run.device), "seconds": 0.0, "waiting": 0.0}
     sums, mix = run.sums, epoch < recipe.epochs - recipe.mix_off_epochs
     small = recipe.start_size and epoch < recipe.epochs * recipe.start_share
     run.model.train()
     ended = time.perf_counter()
-    for images, labels in batches(
-            run.data.train, recipe.batch_size, recipe.workers, first=done,
-            seed=-1_000_000_007 * recipe.seed - 10_000_019 * (epoch + 1)):
+    for batch in batches(data.train, recipe.batch_size, recipe.workers, first=done,
+                         seed=-1_000_000_007 * recipe.seed - 10_000_019 * (epoch + 1)):
         torch.manual_seed(1_000_000_007 * recipe.seed + run.step + 1)
-        x, y = augment(recipe, run.data, images.to(device, non_blocking=True),
-                       labels.to(device, non_blocking=True), mix,
+        images, labels = (part.to(run.device, non_blocking=True) for part in batch)
+        x, y = augment(recipe, data, images, labels, mix,
                        recipe.start_size if small else recipe.img_size)
         sums["waiting"] += time.perf_counter() - ended  # on a GPU, for the launches only
         train_step(run, x, y)
         progress.update()
         if run.step % CHECK_EVERY == 0 or run.step % run.steps == 0:
             check_finite(run)  # waits for the GPU, so that the time is right
-        before, ended = ended, time.perf_counter()
-        sums["seconds"] += ended - before
+        sums["seconds"] += time.perf_counter() - ended
+        ended = time.perf_counter()
         if run.stopped_by:
             break
     if run.step < (epoch + 1) * run.steps:
         return {}
-    images = run.steps * min(recipe.batch_size, len(run.data.train))
+    seconds, images = sums["seconds"], run.steps * min(recipe.batch_size, len(data.train))
     return {"epoch": epoch + 1, "step": run.step, "train_loss": sums["loss"].item() / run.steps,
-            "lr": sums["lr"], "seconds": sums["seconds"],
-            "images_per_s": images / sums["seconds"],
-            "data_share": sums["waiting"] / sums["seconds"]}
+            "lr": sums["lr"], "seconds": seconds, "images_per_s": images / seconds,
+            "data_share": sums["waiting"] / seconds}
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, images: "Images", mean: Tensor, std: Tensor, workers: int,
              precision: torch.dtype, tta: bool = False,
              stopped: Callable[[], Any] = lambda: False) -> dict[str, float]:
     """Mean cross-entropy, and the shares (%) whose class is the likeliest, and among the five.
-
     tta: average the logits of each image and its mirror image. Returns {} once stopped() is true.
     """
     model.eval()
@@ -401,7 +351,6 @@ def evaluate(model: nn.Module, images: "Images", mean: Tensor, std: Tensor, work
     return dict(zip(("loss", "top1", "top5"), (total / len(images)).tolist()))
 
 # --- 5. RandAugment -----------------------------------------------------------------------------
-
 def blend(x: Tensor, base: Tensor | float, amount: Tensor) -> Tensor:
     """Move x away from `base` (amount > 0) or towards it (amount < 0)."""
     return (x + amount * (x - base)).clamp(0, 1)
@@ -439,11 +388,9 @@ RAND_AUGMENT_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def rand_augment(x: Tensor, level: float) -> Tensor:
     """RandAugment (Cubuk et al., 2019) as the paper means it: timm's rand-m9-mstd0.5-inc1.
-
     Twice, each image draws one of the fifteen operations and applies it with probability 1/2, at a
     strength of N(level, 0.5) tenths of its largest. (torchvision's magnitude of 9 means 9 of 30,
-    always applied.) x: (b, 3, h, w) from 0 to 1, changed in place.
-    """
+    always applied.) x: (b, 3, h, w) from 0 to 1, changed in place."""
     for _ in range(2):
         choice = torch.randint(len(RAND_AUGMENT_OPS), (len(x),))
         choice[torch.rand(len(x)) < 0.5] = -1  # no operation
@@ -457,7 +404,6 @@ def rand_augment(x: Tensor, level: float) -> Tensor:
     return x
 
 # --- 6. Data ------------------------------------------------------------------------------------
-
 SMALL = 64  # images of up to this side are decoded once and kept in memory
 say = tqdm.write  # prints above the progress bar
 
@@ -473,7 +419,6 @@ def some(names: list, most: int = 4) -> str:
 @dataclass
 class Images(Dataset):
     """Images and their classes. A list of numbers selects a batch: (b, 3, h, w), labels (b,)."""
-
     images: Tensor | list  # bytes (n, 3, h, w); or paths or arrays (h, w, 3), read when needed
     labels: Tensor  # (n,)
     classes: list[str]
@@ -490,8 +435,7 @@ class Images(Dataset):
         for number in numbers:
             try:
                 picture = as_shown(self.images[number])
-            except Exception as error:  # noqa: BLE001, Pillow raises nearly anything
-                # `batches` raises it: from a reading process it would come with its traceback.
+            except Exception as error:  # `batches` raises it: here, it would bring a traceback
                 return UserError(f"cannot read the image {self.images[number]} ({reason(error)}); "
                                  "--skip-bad leaves such images out")
             torch.manual_seed(self.seed - number)  # torchvision's transforms take no generator
@@ -516,12 +460,10 @@ def as_shown(item: str | np.ndarray) -> Image.Image:
     return picture.convert("RGB")
 
 def find_images(root: Path) -> tuple[list[str], list[str]]:
-    """The sub-folders of a folder, which are the classes, and the paths of all images in them.
-
-    What it leaves out is counted in a note: what is hidden or other programs' (@eaDir), files that
-    Pillow does not know by their extension, and links to folders below a class, which could lead to
-    other classes or in circles. Raises UserError for a folder that cannot be read.
-    """
+    """The classes in a folder, which are its sub-folders, and the paths of all images in them.
+    A note counts what is left out: what is hidden or other programs' (@eaDir), what Pillow does
+    not know by its extension, and links to folders below a class, which could lead to other
+    classes or in circles. Raises UserError for a folder that cannot be read."""
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename} ({error.strerror})")
 
@@ -535,13 +477,12 @@ def find_images(root: Path) -> tuple[list[str], list[str]]:
                 left_out[f"{name}/"] += 1
         for name in files:
             extension = os.path.splitext(name)[1].lower()
-            if classes is None or name[0] == "." or extension not in known:
-                left_out[f"*{extension or name}"] += 1
-            else:
+            if classes is not None and name[0] != "." and extension in known:
                 paths.append((place, name))
+            else:
+                left_out[f"*{extension or name}"] += 1
         classes = sorted(folders) if classes is None else classes
-    if left_out:
-        counts = [f"{count} {what}" for what, count in left_out.most_common()]
+    if counts := [f"{count} {what}" for what, count in left_out.most_common()]:
         say(f"note: {root}: left out what is no image of a class: {some(counts, 9)}", sys.stderr)
     return classes, [os.path.join(*path) for path in sorted(paths)]
 
@@ -550,37 +491,34 @@ def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Image
     place, parts = Path(recipe.data_dir), ("train",) if train else ("test", "val")
     root = next((place / part for part in parts if (place / part).is_dir()), None)
     if root is None:
-        raise UserError(f"--data-dir {place} has no {'/ or '.join(parts)}/; it must hold train/ "
-                        "and test/ (or val/), each with one folder per class")
+        raise UserError(f"--data-dir {place} has no folder {' or '.join(parts)}, with one folder "
+                        "per class in it")
     found, paths = find_images(root)
     classes = classes or found
     if unknown := sorted({*found} - {*classes}):
         raise UserError(f"{root} has classes that training does not have: {some(unknown)}")
     labels = [classes.index(os.path.relpath(path, root).split(os.sep)[0]) for path in paths]
-    missing = [name for i, name in enumerate(classes) if i not in {*labels}]
-    if missing and (train or not paths) or len(classes) < 2:
-        raise UserError(f"{root} has no images of {some(missing) or 'a second class'}")
-    if missing:
+    if missing := [name for i, name in enumerate(classes) if i not in {*labels}]:
         say(f"note: {root} has no images of {some(missing)}", sys.stderr)
+    if missing and train or len({*labels}) < 2:
+        raise UserError(f"{root} must have images of every class, and two classes or more")
     return Images(paths, torch.tensor(labels), classes)
 
 def load_torchvision(recipe: Recipe, train: bool) -> Images:
     """A data set of torchvision, downloaded if need be; ImageNet cannot be."""
-    root, name, sets = recipe.data_dir, recipe.dataset, torchvision.datasets
+    root, name, split = recipe.data_dir, recipe.dataset, "train" if train else "test"
     try:
         if name == "imagenet":  # by identifiers, since two classes have the name "crane"
-            data = sets.ImageNet(root, "train" if train else "val")
-            images, labels, classes = [path for path, _ in data.samples], data.targets, data.wnids
-        elif name == "food101":
-            data = sets.Food101(root, "train" if train else "test", download=True)
-            images, labels, classes = [*map(str, data._image_files)], data._labels, data.classes
-        else:
-            data = getattr(sets, name.upper())(root, train, download=True)
-            images, labels, classes = [*data.data], data.targets, data.classes
+            data = torchvision.datasets.ImageNet(root, split.replace("test", "val"))
+            return Images([*dict(data.samples)], torch.tensor(data.targets), data.wnids)
+        if name == "food101":
+            data = torchvision.datasets.Food101(root, split, download=True)
+            return Images([*map(str, data._image_files)], torch.tensor(data._labels), data.classes)
+        data = getattr(torchvision.datasets, name.upper())(root, train, download=True)
+        return Images([*data.data], torch.tensor(data.targets), data.classes)
     except (OSError, RuntimeError, ImportError) as error:
         raise UserError(f"{name} could not be loaded ({reason(error)}). Put its archive into {root}"
                         "/ (see README.md), or use --dataset folder or synthetic") from error
-    return Images(images, torch.tensor(labels), classes)
 
 SHAPES = {  # inside or outside, for u and v from -1 to 1 across the shape
     "disk": lambda u, v: u**2 + v**2 < 0.8,
@@ -602,14 +540,14 @@ def draw_shapes(count: int, size: int, seed: int) -> Images:
         return low + (high - low) * torch.rand(count, *shape, 1, 1, generator=generator)
 
     axis = torch.linspace(-1, 1, size)
-    u = (rearrange(axis, "w -> 1 1 w") - uniform(-0.3, 0.3)) / uniform(0.4, 0.7)
-    v = (rearrange(axis, "h -> 1 h 1") - uniform(-0.3, 0.3)) / uniform(0.4, 0.7)
-    inside = torch.stack([shape(*torch.broadcast_tensors(u[k :: len(SHAPES)], v[k :: len(SHAPES)]))
-                          for k, shape in enumerate(SHAPES.values())], 1)
-    ground, ink = uniform(0, 0.4, 3), uniform(0.4, 0.6, 3)
-    images = ground + ink * rearrange(inside.float(), "n k h w -> (n k) 1 h w")
-    images += 0.08 * torch.randn(images.shape, generator=generator)
+    u = (axis - uniform(-0.3, 0.3)) / uniform(0.4, 0.7)
+    v = (rearrange(axis, "h -> h 1") - uniform(-0.3, 0.3)) / uniform(0.4, 0.7)
     labels = torch.arange(count) % len(SHAPES)
+    inside = torch.empty(count, 1, size, size)
+    for k, shape in enumerate(SHAPES.values()):
+        inside[labels == k, 0] = shape(*torch.broadcast_tensors(u, v))[labels == k].float()
+    images = uniform(0, 0.4, 3) + uniform(0.4, 0.6, 3) * inside
+    images += 0.08 * torch.randn(images.shape, generator=generator)
     return Images((images.clamp(0, 1) * 255).byte(), labels, [*SHAPES])
 
 def evaluation_cut(size: int, crop_pct: float | None) -> T.Transform:
@@ -624,18 +562,15 @@ def load_split(recipe: Recipe, train: bool, classes: list[str] | None = None) ->
     """The training or the test images, as they are evaluated. classes: in this order, if known."""
     if recipe.dataset == "synthetic":
         return draw_shapes(5000 if train else 1000, recipe.img_size, seed=int(train))
-    by_folder = recipe.dataset == "folder"
-    data = load_folder(recipe, train, classes) if by_folder else load_torchvision(recipe, train)
+    folder = recipe.dataset == "folder"
+    data = load_folder(recipe, train, classes) if folder else load_torchvision(recipe, train)
     data.cut = evaluation_cut(recipe.img_size, recipe.crop_pct)
     if recipe.skip_bad:
-        with ThreadPool(max(1, recipe.workers)) as pool:
-            read = tqdm(pool.imap(lambda i: data[[i]], range(len(data))), "checking images",
-                        len(data), disable=None, leave=False)
-            good = [i for i, batch in enumerate(read) if not isinstance(batch, UserError)]
-        if bad := sorted({*range(len(data))} - {*good}):
-            say(f"note: left out {len(bad)} of {len(data)} images, which cannot be read: "
-                f"{some([data.images[i] for i in bad])}", sys.stderr)
-        data = data.part(good)
+        numbers = tqdm(range(len(data)), "checking images", disable=None, leave=False)
+        bad = [i for i in numbers if isinstance(data[[i]], UserError)]
+        names = some([data.images[i] for i in bad]) or "none"
+        say(f"note: left out {len(bad)} of {len(data)} images, unreadable: {names}", sys.stderr)
+        data = data.part(sorted({*numbers} - {*bad}))
     if recipe.img_size > SMALL:
         return data
     parts = tqdm(batches(data, 500, recipe.workers), "reading images", disable=None, leave=False)
@@ -648,9 +583,7 @@ def leave_group(_worker: int) -> None:
 def batches(data: Images, batch_size: int, workers: int, *, seed: int | None = None,
             first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches in order; or, with a seed, an epoch of training from batch number `first` on.
-
-    An epoch is shuffled and has no incomplete batch, unless that is the only one.
-    """
+    An epoch is shuffled and has no incomplete batch, unless that is the only one."""
     order = torch.arange(len(data))
     if seed is not None:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
@@ -707,20 +640,16 @@ def prepare_data(recipe: Recipe, device: torch.device, statistics: tuple | None 
                 fingerprint(plain, recipe.data_dir))
 
 # --- 7. Weights ---------------------------------------------------------------------------------
-
-MADE_BY = "train.py, format 2"  # noted in this program's checkpoints; --resume takes no others
+MADE_BY = "train.py, format 2"  # marks this program's files
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "img_size": 224}
 
 class Source(NamedTuple):
     """What a file or a download holds."""
-
     name: str
     weights: convnext.Weights  # the average of the weights, where there is one
     network: dict[str, Any]  # variant, patch_size, layer_scale, num_classes: from the weights
     images: dict[str, Any]  # that the network expects: mean, std, img_size and perhaps crop_pct
-    classes: list[str] | None  # where they are known
-    args: dict[str, Any]  # the settings of the run that made it, if it is this program's
-    state: Mapping  # everything in last.pt or best.pt, or {}
+    notes: dict[str, Any]  # args, classes and more, if this program made the file
 
 @contextlib.contextmanager
 def naming(source: str) -> Iterator[None]:
@@ -730,26 +659,15 @@ def naming(source: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {source}") from error
     except Exception as error:
-        if not (source.startswith(convnext.DOWNLOADS)  # whose clients raise errors of their own
-                or isinstance(error, OSError | ValueError | ImportError)):
+        downloaded = source.startswith(convnext.DOWNLOADS)  # by clients with errors of their own
+        if not downloaded and not isinstance(error, OSError | ValueError | ImportError):
             raise
         raise UserError(f"{source}: {reason(error)}") from error
 
-def own_notes(content: Mapping, metadata: Mapping[str, str], classes: int) -> dict[str, Any]:
-    """What this program notes beside its weights; {} if any of it cannot be this program's."""
-    try:
-        notes = {name: json.loads(metadata[name]) if metadata else content[name]
-                 for name in ("args", "classes", "mean", "std")}
-        names = {name for name in notes["classes"] if isinstance(name, str)}
-        fine = len(names) == len(notes["classes"]) == classes and isinstance(notes["args"], dict)
-        for name, least in (("mean", 0), ("std", 1e-9)):
-            fine &= len(notes[name]) == 3 and all(least <= value <= 1 for value in notes[name])
-        return notes if fine else {}
-    except (KeyError, TypeError, ValueError):
-        return {}
-
 def open_weights(source: str) -> Source:
-    """Read a file or a download of any layout. Raises UserError unless it holds a ConvNeXt."""
+    """Read a file or a download of any layout. Raises UserError unless it holds a ConvNeXt.
+    Notes count only in files with this program's mark: other programs use the same names for other
+    things. The network follows from the tensors in any case."""
     with naming(source):
         remote = source.startswith(convnext.DOWNLOADS)
         path, images = convnext.download(source) if remote else (source, {})
@@ -758,28 +676,27 @@ def open_weights(source: str) -> Source:
         network = convnext.infer_architecture(weights)
         if network["in_channels"] != 3:
             raise ValueError(f"its images have {network['in_channels']} channels, not 3")
-    notes = own_notes(content, metadata, network["num_classes"])
-    args = notes.get("args", {})
-    images = {k: v for k, v in (args | notes | images).items() if k in IMAGENET or k == "crop_pct"}
+        notes = {}
+        if MADE_BY in (metadata.get("made_by"), content.get("made_by")):
+            notes = {k: json.loads(v) for k, v in metadata.items() if k != "made_by"} or content
+            images = {k: v for k, v in (notes["args"] | notes).items()
+                      if k in {*IMAGENET, "crop_pct"}}
     if not images:
         say(f"note: {source} does not say what images it expects; assumed are 224x224 pixels and "
             "ImageNet's mean and standard deviation", sys.stderr)
-    return Source(source, weights, network, IMAGENET | images, notes.get("classes"), args,
-                  content if content.get("made_by") == MADE_BY else {})
+    return Source(source, weights, network, IMAGENET | images, notes)
 
 def check_classes(source: Source, classes: list[str]) -> None:
     """Refuse a classifier for other classes; say which are assumed if the source names none."""
-    count = source.network["num_classes"]
-    if count != len(classes) or source.classes not in (None, classes):
-        raise UserError(f"{source.name} has other classes, or another order of them: "
-                        f"{some(source.classes or ['no names'])} ({count}); here are "
-                        f"{some(classes)} ({len(classes)})")
+    known, count = source.notes.get("classes"), source.network["num_classes"]
+    if count != len(classes) or known not in (None, classes):
+        raise UserError(f"{source.name} has other classes or another order: {some(known or [])} "
+                        f"({count}), here {some(classes)} ({len(classes)})")
     natural = sorted(classes, key=lambda name: [
         int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())])
-    if not source.classes:
-        loud = "" if natural == classes or sorted(classes) != classes else (
-            f". WARNING: timm and others sort them {some(natural)}; for weights that did, all "
-            "results are wrong: rename the folders (01 for 1)")
+    if not known:
+        loud = "" if natural == classes or classes != sorted(classes) else (
+            f". WARNING: timm sorts them {some(natural)}; if its order was used, results are wrong")
         say(f"note: {source.name} does not name its classes; assumed are 0 = {classes[0]}, 1 = "
             f"{classes[1]}, ..., {count - 1} = {classes[-1]}{loud}", sys.stderr)
 
@@ -796,16 +713,13 @@ def load_teacher(source: Source, run: "Run") -> Callable[[Tensor], Tensor]:
     return torch.no_grad()(lambda x: model(x * scale + shift))
 
 # --- 8. Run -------------------------------------------------------------------------------------
-
 def fan_in_init(model: convnext.ConvNeXt) -> None:
     """Draw all weights but the classifier's with standard deviation 1 / sqrt(fan_in), in place.
-
     With inputs of variance 1, a linear layer's outputs have the standard deviation of its weights
     times sqrt(fan_in). The paper's 0.02 makes that 0.55 at 768 channels, 0.20 at 96, and 0.13 at
     40. As two such layers follow each other, the branches of a narrow network begin almost switched
     off, and have to be grown before they learn. Here it is 1 at every width. The last layer of
-    each branch is divided by sqrt(2 · blocks), so that the sum of all branches stays near 1.
-    """
+    each branch is divided by sqrt(2 · blocks), so that the sum of all branches stays near 1."""
     blocks = sum(map(len, model.stages))
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and name != "head.fc":
@@ -818,7 +732,7 @@ def pick_device(name: str) -> torch.device:
     found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         return torch.empty(1, device=found if name == "auto" else name).device
-    except Exception as error:  # noqa: BLE001, each backend raises its own
+    except Exception as error:  # each backend raises its own
         raise UserError(f"--device {name} cannot be used here ({reason(error)})") from error
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype:
@@ -834,7 +748,6 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
 
 class Run:
     """All that a training run consists of. `state` is what last.pt holds of it."""
-
     def __init__(self, recipe: Recipe, source: Source | None = None, resume: bool = False) -> None:
         self.recipe, self.folder = recipe, Path(recipe.output)
         self.device = pick_device(recipe.device)
@@ -853,12 +766,12 @@ class Run:
             recipe.variant, num_classes=len(self.data.classes), patch_size=recipe.patch_size,
             drop_path=recipe.drop_path, layer_scale=recipe.layer_scale,
             head_init_scale=recipe.head_init_scale).to(memory_format=torch.channels_last)
-        self.macs = convnext.count_macs(self.model, recipe.img_size)
         if recipe.init == "fan-in":
             fan_in_init(self.model)
         self.origin = self.load_initial(source) if source and not resume else ""
         if recipe.freeze_backbone:
             self.model.requires_grad_(False).head.fc.requires_grad_(True)
+        self.macs = convnext.count_macs(self.model, recipe.img_size)
         if self.device.type == "cpu" and not recipe.compile:
             self.model = convnext.speed_up(self.model)
         self.model.to(self.device)
@@ -868,17 +781,17 @@ class Run:
         self.ema = recipe.ema_horizon and AveragedModel(self.model, multi_avg_fn=average).eval()
         self.optimizers = make_optimizers(self.model, recipe)
         # float16 alone has too small a range for gradients: they are scaled up, and back down.
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.precision == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.half)
         if resume:
-            self.load_state(source.state)
+            self.load_state(source.notes)
         if recipe.compile:
             self.model.compile()  # in place: the names in the checkpoint stay as they are
 
     def load_initial(self, source: Source) -> str:
         """Begin with the weights of a source, but without a classifier for other classes."""
         tensors, classes = source.weights.tensors, self.data.classes
-        if (source.classes or classes) == classes and source.network["num_classes"] == len(classes):
+        if source.network["num_classes"] == len(classes) and (
+                source.notes.get("classes", classes) == classes):
             check_classes(source, classes)
         else:
             tensors = {k: v for k, v in tensors.items() if not k.startswith("head.fc.")}
@@ -887,9 +800,8 @@ class Run:
             report = convnext.load_weights(self.model, source.weights._replace(tensors=tensors))
         new = [line for line in report.kept if not line.startswith("head.")]
         if self.recipe.freeze_backbone and new:
-            raise UserError("--freeze-backbone would leave untrained what does not come from "
-                            f"{source.name}: {some(new)}")
-        return str(report)
+            raise UserError(f"--freeze-backbone would not train what the file lacks: {some(new)}")
+        return f"{source.name}: {report}"
 
     def measure(self) -> dict[str, float]:
         """The accuracy of the weights, and of their average, as columns of metrics.csv."""
@@ -917,7 +829,7 @@ class Run:
 
     def load_state(self, state: Mapping) -> None:
         if state["fingerprint"] != self.data.fingerprint:
-            raise UserError("--resume needs the training images that the run began with; those in "
+            raise UserError("--resume needs the training images that the run began with: those in "
                             f"{self.recipe.data_dir} have other names, classes or contents")
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
@@ -929,8 +841,7 @@ def check_finite(run: Run) -> None:
     """Raise UserError once the loss or a weight is infinite or not a number."""
     epoch, done = divmod(run.step - 1, run.steps)
     for name, value in (("loss", run.sums["loss"] / (done + 1)),
-                        ("norm of the weights", nn.utils.get_total_norm(run.model.parameters())),
-                        ("inverse scale in float16", torch.tensor(run.scaler.get_scale()) ** -1)):
+                        ("norm of the weights", nn.utils.get_total_norm(run.model.parameters()))):
         if not value.isfinite():
             raise UserError(f"the {name} became {value.item()} by step {done + 1} of epoch "
                             f"{epoch + 1}, at lr {run.sums['lr']:.1e}: try a lower --lr, "
@@ -945,8 +856,7 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:  # PyTorch reports a full disk by a RuntimeError
-        raise UserError(f"cannot write {path} ({reason(error)}); what was there stays, so make "
-                        "room and --resume the run") from error
+        raise UserError(f"cannot write {path} ({reason(error)}); the old files stay") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -961,7 +871,8 @@ def save(run: Run) -> None:
     if len(history) == run.recipe.epochs:
         tensors = (run.ema.module if run.ema else run.model).state_dict()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        notes = {k: json.dumps(state[k]) for k in ("made_by", "args", "classes", "mean", "std")}
+        notes = {k: json.dumps(state[k]) for k in ("args", "classes", "mean", "std")}
+        notes["made_by"] = MADE_BY
         write_file(folder / "weights.safetensors", lambda path: save_file(tensors, path, notes))
     write_file(folder / "last.pt", lambda path: torch.save(state, path))
     columns = [*max(history, key=len, default={})]  # some rows have no evaluation
@@ -971,53 +882,30 @@ def save(run: Run) -> None:
 
 def describe(run: Run) -> None:
     """Print what is about to happen, and note the settings in args.json."""
-    r, data, sizes = run.recipe, run.data, [p.numel() for p in run.model.parameters()]
-    text = json.dumps({"argv": sys.argv, "args": asdict(r), "torch": torch.__version__}, indent=2)
-    write_file(run.folder / "args.json", lambda path: path.write_text(text + "\n"))
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    frozen = f" ({trained:,} trained)" if r.freeze_backbone else ""
-    init = f"init    {r.init_from}: {run.origin}\n" if run.origin else ""
-    teacher = (f"teacher {r.teacher}, alpha {r.distill_alpha:g}, temperature "
-               f"{r.distill_temperature:g}\n") if run.teacher else ""
+    r, data = run.recipe, run.data
+    write_file(run.folder / "args.json", lambda path: path.write_text(json.dumps(asdict(r))))
+    parameters = [p.numel() for p in run.model.parameters()]
     held_out = f" + {len(data.val):,} held-out" if data.val else ""
-    cuda = run.device.type == "cuda"
-    name = torch.cuda.get_device_name(run.device) if cuda else platform.machine()
-    say(f"model   ConvNeXt-{r.variant}, patch size {r.patch_size}: {sum(sizes):,} parameters"
-        f"{frozen}, {run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n{init}{teacher}"
+    say(f"model   ConvNeXt-{r.variant}, patch size {r.patch_size}: {sum(parameters):,} parameters, "
+        f"{run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n"
+        f"init    {run.origin or r.init}\n"
         f"data    {r.dataset}: {len(data.train):,} training{held_out} + {len(data.test):,} test "
         f"images, {len(data.classes)} classes ({some(data.classes)})\n"
-        f"device  {run.device.type} ({name}), {str(run.precision)[6:]}, torch {torch.__version__}"
-        f"{', compiled' if r.compile else ''}\n"
+        f"device  {run.device}, {str(run.precision)[6:]}, torch {torch.__version__}\n"
         f"steps   {r.epochs} epochs x {run.steps} of {r.batch_size} images, lr {r.lr:g}, weight "
-        f"decay {r.weight_decay:g}, seed {r.seed}\n"
-        f"run     {run.folder}")
-
-def log(run: Run, seconds_left: float) -> None:
-    """Print the newest row of the history."""
-    row, split, results = run.history[-1], "val" if run.data.val else "test", ""
-    if f"{split}_loss" in row:
-        results = f"  {split} loss {row[f'{split}_loss']:.3f}  top-1 {row[f'{split}_top1']:5.2f} %"
-    if f"{split}_ema_top1" in row:
-        results += f"  EMA {row[f'{split}_ema_top1']:5.2f} %"
-    minutes, seconds = divmod(round(seconds_left), 60)
-    say(f"epoch {row['epoch']:3}/{run.recipe.epochs}  lr {row['lr']:.1e}  train loss "
-        f"{row['train_loss']:.3f}{results}  {row['images_per_s']:5.0f} img/s  "
-        f"data {row['data_share']:2.0%}  {minutes}:{seconds:02} left")
+        f"decay {r.weight_decay:g}, seed {r.seed}\nrun     {run.folder}")
 
 @contextlib.contextmanager
 def stop_signals(run: Run) -> Iterator[None]:
     """Let a signal end the run after the present step. A second Ctrl-C acts at once.
-
-    SIGTERM and SIGUSR1 come from schedulers, SIGHUP from a terminal that closes (unless under
-    nohup). Those may come twice, which is why only Ctrl-C acts when repeated.
-    """
+    SIGTERM and SIGUSR1 come from schedulers, SIGHUP from a closed terminal, all perhaps twice."""
     def receive(number: int, _frame: Any) -> None:
         run.stopped_by = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     with contextlib.ExitStack() as handlers:  # puts the former handlers back
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # Windows lacks the last two
-            number = getattr(signal, name, None)
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows lacks the last two; nohup ignores SIGHUP
             if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
                 handlers.callback(signal.signal, number, signal.signal(number, receive))
         yield
@@ -1033,32 +921,28 @@ def train(run: Run) -> None:
                 row |= run.measure()
             if not run.stopped_by:  # else --resume repeats the evaluation
                 run.history.append(row)
-            save(run)
-            if not run.stopped_by:
                 a_step = (time.perf_counter() - started) / max(1, run.step - begun)
-                log(run, a_step * (run.total - run.step))
+                say("  ".join(f"{name} {value:.4g}" for name, value in row.items()
+                              if name not in ("step", "seconds") and "top5" not in name)
+                    + f"  {a_step * (run.total - run.step):.0f} s left")
+            save(run)
 
 def report(source: Source, recipe: Recipe, test: Images) -> None:
-    """Print the accuracy of the weights in a source on the test images, and of their average."""
+    """Print the accuracy of a source's weights on the test images."""
     check_classes(source, test.classes)
     device = pick_device(recipe.device)
     mean, std = (torch.tensor(source.images[name], device=device) for name in ("mean", "std"))
-    found = {"raw": source.state.get("model"), "EMA": source.state.get("ema")}
-    for title, weights in (found if source.state else {"weights": source.weights}).items():
-        model = weights and convnext.from_checkpoint(weights).to(
-            device, memory_format=torch.channels_last)
-        for mirror in (False, True)[: 1 + recipe.tta] if model else ():
-            result = evaluate(model, test, mean, std, recipe.workers,
-                              pick_precision(recipe.amp, device), mirror)
-            say(f"{source.name} ({title}{', with mirror images' if mirror else ''}): test loss "
-                f"{result['loss']:.4f}  top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} % "
-                f" of {len(test):,} images, {recipe.img_size}x{recipe.img_size}")
+    model = convnext.from_checkpoint(source.weights).to(device, memory_format=torch.channels_last)
+    for mirror in (False, True)[: 1 + recipe.tta]:
+        result = evaluate(model, test, mean, std, recipe.workers,
+                          pick_precision(recipe.amp, device), mirror)
+        say(f"{source.name}{' with mirror images' if mirror else ''}: test loss "
+            f"{result['loss']:.4f}  top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  of "
+            f"{len(test):,} images, {recipe.img_size}x{recipe.img_size}")
 
 # --- 9. Command line ----------------------------------------------------------------------------
-
 FIELDS = {field.name: field for field in fields(Recipe)}
-ANY_TIME = {  # may be given beside --resume, as it does not change what is learned
-    "resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta"}
+ANY_TIME = {"resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta"}
 EVALUATION = {"eval_only", "dataset", "data_dir", "img_size", "crop_pct", "skip_bad", "workers",
               "device", "amp", "tta"}
 
@@ -1071,9 +955,7 @@ def kind(name: str) -> type:
 
 def complete(r: Recipe) -> None:
     """Check every value, wherever it comes from, and fill in the defaults that follow from others.
-
-    Raises UserError for a value that is not allowed.
-    """
+    Raises UserError for a value that is not allowed."""
     for name in FIELDS:
         value, allowed = getattr(r, name), FIELDS[name].metadata["allowed"]
         fine = isinstance(value, kind(name)) or value is None is FIELDS[name].default
@@ -1088,8 +970,7 @@ def complete(r: Recipe) -> None:
             raise UserError(f"{flag(name)} must be {what}{allowed}, not {value!r}")
     for name, value in (("layer_scale", 0.0 if convnext.VARIANTS[r.variant].grn else 0.1),
                         ("warmup_epochs", r.epochs / 20), ("mix_off_epochs", r.epochs // 10)):
-        if getattr(r, name) is None:
-            setattr(r, name, value)
+        setattr(r, name, value if getattr(r, name) is None else getattr(r, name))
     stride = 8 * r.patch_size  # of the whole network
     for name, fine, allowed in (
         ("warmup_epochs", r.warmup_epochs < r.epochs, f"below --epochs, {r.epochs}"),
@@ -1107,14 +988,12 @@ def parse(argv: list[str]) -> dict[str, Any]:
     """The command line -> what was typed, and nothing else: {"batch_size": 64, ...}."""
     parser = argparse.ArgumentParser(
         usage="python train.py [--option value ...]; --help lists the options",
-        description=__doc__.partition("\n")[0], argument_default=argparse.SUPPRESS,
-        allow_abbrev=False)  # --mix must not pass for --mixup
-    group = parser.add_argument_group("what to do")
-    group.add_argument("--recipe", choices=("scratch", "finetune", "fast"), help="other defaults; "
-                       "finetune: for --init-from; fast: for two CPU cores")
-    group.add_argument("--resume", metavar="LAST.PT", help="continue this run")
-    group.add_argument("--eval-only", metavar="SOURCE", help="measure the accuracy of last.pt, "
-                       "best.pt, weights.safetensors, or of what --init-from takes")
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)  # --mix must not pass for --mixup
+    parser.add_argument("--recipe", choices=("scratch", "finetune", "fast"),
+                        help="finetune: for --init-from; fast: for two CPU cores")
+    parser.add_argument("--resume", metavar="LAST.PT", help="continue this run")
+    parser.add_argument("--eval-only", metavar="SOURCE", help="only measure the accuracy of last.pt"
+                        ", best.pt, weights.safetensors, or whatever --init-from takes")
     for name, setting in FIELDS.items():
         about, default = setting.metadata, setting.default
         if "group" in about:
@@ -1132,34 +1011,33 @@ def parse(argv: list[str]) -> dict[str, Any]:
         parser.error(f"{some(empty)} must not be empty")
     return given
 
-def refuse_contradictions(given: dict[str, Any], source: Source | None) -> None:
+def refuse_contradictions(given: dict[str, Any], notes: Mapping[str, Any]) -> None:
     """Raise UserError for flags that cannot stand together."""
-    args, resume, evaluation = source.args if source else {}, "resume" in given, "eval_only" in given
-    changed = [flag(k) for k in given if k not in ANY_TIME and args.get(k) != given[k]]
+    saved, names = notes.get("args", {}), given.keys()
+    changed = [flag(k) for k in given if k not in ANY_TIME and saved.get(k) != given[k]]
     idle = [flag(k) for k in given if k not in EVALUATION]
-    adds = "init_from" in given or not (
-        given.get("recipe") == "finetune" or given.get("freeze_backbone"))
+    new = given.get("recipe") == "fast" or given.get("init") == "fan-in"
     for wrong, text in (
-        (resume and not source.state, "--resume takes a last.pt of this version of train.py"),
-        (resume and changed, f"--resume continues a run as it is, so {some(changed)} cannot be "
-         "changed: a longer or different run begins with --init-from"),
-        (evaluation and idle, f"{some(idle)} cannot be given with --eval-only, which trains nothing "
-         "and takes the network from the weights"),
-        (not adds, "--recipe finetune and --freeze-backbone need weights: --init-from SOURCE"),
-        ("init_from" in given and (given.get("recipe") == "fast" or given.get("init") == "fan-in"),
-         "--recipe fast and --init fan-in begin a new network, --init-from does not"),
-        (not given.get("teacher") and given.keys() & {"distill_alpha", "distill_temperature"},
-         "--distill-alpha and --distill-temperature need a --teacher"),
-    ):
+        (len(names & {"resume", "eval_only", "init_from"}) > 1,
+         "only one of --resume, --eval-only and --init-from can be given"),
+        ("resume" in names and "step" not in notes, "--resume takes last.pt, of this version"),
+        ("resume" in names and changed, f"--resume cannot change {some(changed)}; a longer or "
+                                        "different run begins with --init-from"),
+        ("eval_only" in names and idle, f"--eval-only trains nothing: leave out {some(idle)}"),
+        ("init_from" in names and new, "--recipe fast and --init fan-in are for new weights"),
+        ("init_from" not in names and (
+            given.get("recipe") == "finetune" or "freeze_backbone" in names),
+         "--recipe finetune and --freeze-backbone need weights: --init-from SOURCE"),
+        ("teacher" not in names and names & {"distill_alpha", "distill_temperature"},
+         "--distill-alpha and --distill-temperature need a --teacher")):
         if wrong:
             raise UserError(text)
 
 def combine(given: dict[str, Any], source: Source | None = None) -> Recipe:
     """All settings. Later ones win: defaults, the weights', the named recipe's, those typed.
-
-    With --resume and --eval-only, the checkpoint's own stand where the named recipe does.
-    """
-    refuse_contradictions(given, source)
+    With --resume and --eval-only, the checkpoint's own stand where the named recipe does."""
+    saved = source.notes.get("args", {"dataset": "imagenet"}) if source else {}
+    refuse_contradictions(given, source.notes if source else {})
     typed, weights, named = {k: v for k, v in given.items() if k in FIELDS}, {}, {}
     if source:
         weights = {k: source.network[k] for k in ("variant", "patch_size", "layer_scale")} | {
@@ -1167,11 +1045,9 @@ def combine(given: dict[str, Any], source: Source | None = None) -> Recipe:
         if typed.get("img_size", weights["img_size"]) != weights["img_size"]:
             weights.pop("crop_pct", None)  # it belongs to the weights' own size
     if "resume" in given:
-        named = {k: v for k, v in source.args.items() if k in FIELDS}
-        named["output"] = str(Path(given["resume"]).parent)
+        named = saved | {"output": str(Path(given["resume"]).parent)}
     elif "eval_only" in given:
-        named = {"dataset": "imagenet"} | {k: v for k, v in source.args.items() if k in (
-            "dataset", "data_dir", "skip_bad", "amp")}
+        named = {k: v for k, v in saved.items() if k in ("dataset", "data_dir", "skip_bad", "amp")}
     elif given.get("recipe") == "finetune":
         known = {"variant": Recipe.variant, "batch_size": Recipe.batch_size} | weights | typed
         named = finetune(known["variant"], known["batch_size"])
@@ -1180,32 +1056,31 @@ def combine(given: dict[str, Any], source: Source | None = None) -> Recipe:
     if given.get("freeze_backbone"):
         named = named | {"drop_path": 0.0}  # what does not learn needs no noise
     if "recipe" in given:
-        say(f"recipe  {given['recipe']}: " + ", ".join(
-            f"{k.replace('_', '-')} {v}" for k, v in named.items() if k not in typed))
+        say("recipe  " + ", ".join(f"{flag(k)} {v}" for k, v in named.items() if k not in typed))
     return Recipe(**weights | named | typed)
 
 def main(argv: list[str]) -> int:
     """Do what the command line says -> the exit code. Raises UserError and KeyboardInterrupt."""
     given = parse(argv)
-    actions = [name for name in ("resume", "eval_only", "init_from") if name in given]
-    if len(actions) > 1:
-        raise UserError(f"{' and '.join(map(flag, actions))} cannot be given together")
-    source = open_weights(given[actions[0]]) if actions else None
+    origin = given.get("resume") or given.get("eval_only") or given.get("init_from")
+    source = open_weights(origin) if origin else None
     recipe = combine(given, source)
     if "eval_only" in given:
-        report(source, recipe, load_split(recipe, False, source.classes))
+        report(source, recipe, load_split(recipe, False, source.notes.get("classes")))
         return 0
     recipe.output = recipe.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{recipe.variant}")
-    folder = Path(recipe.output)
-    last, best = folder / "last.pt", folder / "best.pt"
+    folder, last = Path(recipe.output), Path(recipe.output) / "last.pt"
     if last.exists() and not ("resume" in given and last.samefile(given["resume"])):
         raise UserError(f"{folder} holds a run: give --resume {last}, or another --output")
-    keep_freed_memory()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # Linux would hand each step its memory anew, page by page and filled with zeros, which is a
+        # quarter of the time on a CPU: keep it. The numbers are M_TRIM_THRESHOLD and M_MMAP_MAX.
+        libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)
     torch.set_float32_matmul_precision("high")  # TensorFloat-32, on GPUs that have it
     torch.backends.cudnn.benchmark = True  # few batch sizes: find the fastest kernels of each
     run = Run(recipe, source, "resume" in given)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"another run is writing to {folder}") from error
@@ -1213,19 +1088,12 @@ def main(argv: list[str]) -> int:
         describe(run)
         train(run)
         if run.stopped_by:
-            say(f"stopped; to go on: python train.py --resume {shlex.quote(str(last))}", sys.stderr)
+            say(f"stopped; to go on: python train.py --resume {last}", sys.stderr)
             return 128 + run.stopped_by
         save(run)  # of a run that was complete, a file may be missing
-        for path in (last, best) if run.data.val else (last,):
-            report(open_weights(str(path)), recipe, run.data.test)
+        for name in ("last.pt", "best.pt")[: 1 + bool(run.data.val)]:
+            report(open_weights(str(folder / name)), recipe, run.data.test)
     return 0
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory. Linux would hand each step its pages anew, one by one and
-    filled with zeros: a quarter of a step's time on a CPU."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD in malloc.h
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
 
 def unfailing(method: Callable) -> Callable:
     """Ignore what goes wrong: a full disk under the log or a closed terminal must not end a run."""
@@ -1235,10 +1103,11 @@ def unfailing(method: Callable) -> Callable:
     return call
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
         stream.write, stream.flush = unfailing(stream.write), unfailing(stream.flush)
+        setattr(sys, name, stream)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
