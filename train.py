@@ -9,9 +9,8 @@
     python train.py --eval-only CHECKPOINT            # only measure the accuracy
 
 The default recipe is the paper's for ImageNet (table 5), adapted to a hundred epochs of 32x32
-images; README.md lists the differences and the measurements behind them. Sections 1 to 4 are what
-learns: recipe, augmentation, optimisation, and the step, the epoch and the evaluation. They are
-served by 5 RandAugment's operations, 6 data, 7 weights, 8 the run and 9 the command line.
+images; README.md has the differences, and the measurements behind them. Sections 1 to 4 are what
+learns; 5 RandAugment's operations, 6 data, 7 weights, 8 the run and 9 the command line serve them.
 """
 
 import argparse
@@ -43,11 +42,12 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim import swa_utils
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import convnext
+
 
 # --- 1. Recipe ----------------------------------------------------------------------------------
 def setting(default: Any, help_: str, allowed: str | tuple = "", **more: Any) -> Any:
@@ -57,19 +57,21 @@ def setting(default: Any, help_: str, allowed: str | tuple = "", **more: Any) ->
 @dataclass
 class Recipe:
     """Every setting. Each is a flag: batch_size is --batch-size. `complete` checks the values."""
-
+    recipe: str = setting("scratch", "other defaults; finetune: for --init-from; fast: for two CPU "
+                          "cores", ("scratch", "finetune", "fast"), group="what to do")
+    resume: str | None = setting(None, "continue the run of this last.pt")
+    eval_only: str | None = setting(None, "only measure the accuracy of these weights, from a run "
+                                    "or as for --init-from")
     dataset: str = setting("cifar10", "images to train on", (
         "cifar10", "cifar100", "food101", "imagenet", "folder", "synthetic"), group="data")
-    data_dir: str = setting("data", "its place. For folder it holds train/ and test/ (or val/), "
-                            "each with one folder per class")
-    img_size: int = setting(32, "side of the images in pixels; up to 64 they are kept in memory. "
-                            "Default with --init-from: that of its network", "[1, inf)")
+    data_dir: str = setting("data", "its place; folder: that of train/ and test/ or val/")
+    img_size: int = setting(32, "side in pixels; with --init-from: that of its network", "[1, inf)")
     crop_pct: float | None = setting(None, "share of the shorter side to evaluate on, above 64 "
                                      "pixels. Default: 0.875; 1 and squeezed from 384", "(0, 1]")
     val_size: int = setting(0, "training images to hold out; they choose best.pt", "[0, inf)")
     skip_bad: bool = setting(False, "leave out images that cannot be read")
-    workers: int = setting(
-        min(8, os.cpu_count() or 1), "processes that read images", "[0, inf)", short="-j")
+    workers: int = setting(min(8, os.cpu_count() or 1), "processes that read images", "[0, inf)",
+                           short="-j")
     crop_padding: int = setting(4, "largest shift of an image, up to 64 pixels", "[0, inf)",
                                 group="augmentation (0 turns a part off)")
     crop_scale: float = setting(0.08, "least area of a random crop, above 64 pixels", "[0, 1]")
@@ -86,11 +88,9 @@ class Recipe:
         "tiny", "size of the network", tuple(convnext.VARIANTS), short="--model", group="network")
     # The paper has 4 and 1e-6. At 32x32 both of these learn faster; README.md has the tables.
     patch_size: int = setting(2, "side of the stem's patches", (1, 2, 4))
-    layer_scale: float | None = setting(None, "initial LayerScale; 0: none. Default: 0.1, V2: none",
-                                        "[0, inf)")
+    layer_scale: float | None = setting(None, "initial value. Default: 0.1; V2: none", "[0, inf)")
     drop_path: float = setting(0.1, "stochastic depth: chance to skip the last block", "[0, 1)")
-    init: str = setting("paper", "initial weights; fan-in: larger in narrow layers, with which "
-                        "small networks learn sooner", ("paper", "fan-in"))
+    init: str = setting("paper", "initial weights; fan-in: for narrow layers", ("paper", "fan-in"))
     head_init_scale: float = setting(1.0, "factor on the classifier's initial weights", "[0, inf)")
     init_from: str | None = setting(None, "begin with these weights, in any layout: a file, an "
                                     "https address, timm:NAME or hf:REPO", group="other networks")
@@ -106,9 +106,8 @@ class Recipe:
     muon_lr: float = setting(0.02, "highest learning rate of Muon", "(0, inf)")
     min_lr: float = setting(1e-6, "last learning rate; Muon's in proportion", "[0, inf)")
     schedule: str = setting("cosine", "how the learning rate falls", ("cosine", "linear"))
-    warmup_epochs: float | None = setting(None, "epochs of rising learning rate. Default: a "
-                                          "twentieth", "[0, inf)")
-    layer_decay: float = setting(1.0, "factor on it from a layer to the one before", "(0, 1]")
+    warmup_epochs: float | None = setting(None, "of rising rate. Default: a twentieth", "[0, inf)")
+    layer_decay: float = setting(1.0, "factor on the rate from each layer to the last", "(0, 1]")
     beta2: float = setting(0.999, "AdamW's decay rate of squared gradients", "[0, 1)")
     weight_decay: float = setting(0.05, "of matrices and filters", "[0, inf)", short="--wd")
     label_smoothing: float = setting(0.1, "share of a label spread over all classes", "[0, 1)")
@@ -150,20 +149,14 @@ def finetune(variant: str, batch_size: int) -> dict[str, Any]:
 # Whole batches on the training device, with random numbers for each image (torchvision's transforms
 # draw once per batch). These are drawn on the CPU, which would have to wait for a GPU's.
 
-def per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """(b,) -> (b, 1, 1, 1) on the device of x, to be combined with x."""
-    return rearrange(values, "b -> b 1 1 1").to(x.device, non_blocking=True)
-
 def crop_and_flip(x: Tensor, padding: int, flip: float) -> Tensor:
     """Shift each image by up to `padding` pixels, reflecting its edge, and mirror some of them.
     Computes which pixel goes where, and gathers once. Bytes (b, c, h, w) -> bytes (b, c, h, w)."""
     b, c, h, w = x.shape
-
     def source(size: int) -> Tensor:  # (b, size): the row or column that each pixel comes from
         index = torch.randint(-padding, padding + 1, (b, 1)) + torch.arange(size)
         index = index.abs()  # reflected at 0: -1 becomes 1
         return size - 1 - (size - 1 - index).abs()  # and at size - 1: size becomes size - 2
-
     rows, columns = source(h), source(w)
     columns = torch.where(torch.rand(b, 1) < flip, columns.flip(1), columns)
     places = (rearrange(torch.arange(b), "b -> b 1 1 1"), rearrange(torch.arange(c), "c -> c 1 1"),
@@ -240,14 +233,13 @@ def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
 
 def make_optimizers(model: convnext.ConvNeXt, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW; with --optimizer muon, Muon for the matrices of the blocks and AdamW for the rest.
-    Muon orthogonalises the step of a matrix, so that all its directions are learned equally fast."""
-    r, muon = recipe, recipe.optimizer == "muon"
-    adamw, matrices = [], []
-    for group in parameter_groups(model, r.weight_decay, r.layer_decay, muon):
-        (matrices if group["muon"] else adamw).append(group)
+    Muon orthogonalises the step of a matrix, so that all directions are learned equally fast."""
+    r, parts = recipe, {True: [], False: []}
+    for group in parameter_groups(model, r.weight_decay, r.layer_decay, r.optimizer == "muon"):
         group["lr_scale"] *= r.muon_lr / r.lr if group["muon"] else 1
-    optimizers = [torch.optim.AdamW(adamw, lr=r.lr, betas=(0.9, r.beta2), fused=True)]
-    return optimizers + ([torch.optim.Muon(matrices, lr=r.muon_lr)] if matrices else [])
+        parts[group["muon"]].append(group)
+    optimizers = [torch.optim.AdamW(parts[False], lr=r.lr, betas=(0.9, r.beta2), fused=True)]
+    return optimizers + [torch.optim.Muon(part, lr=r.muon_lr) for part in [parts[True]] if part]
 
 def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T²·KL(softmax(teacher / T) ‖ softmax(logits / T)), both (b, classes).
@@ -259,20 +251,17 @@ def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Te
 def training_loss(recipe: Recipe, logits: Tensor, targets: Tensor,
                   teacher: Tensor | None = None) -> Tensor:
     """(1 - α)·CE(targets, logits) + α·T²·KL(teacher ‖ logits); without a teacher α is 0."""
-    loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
-    if teacher is None:
-        return loss
-    distance = distillation_loss(logits, teacher.float(), recipe.distill_temperature)
-    return torch.lerp(loss, distance, recipe.distill_alpha)
+    loss, r = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing), recipe
+    return loss if teacher is None else torch.lerp(
+        loss, distillation_loss(logits, teacher.float(), r.distill_temperature), r.distill_alpha)
 
 # --- 4. Training --------------------------------------------------------------------------------
 CHECK_EVERY = 50  # steps; each check makes the CPU wait for the GPU
 
 def train_step(run: "Run", x: Tensor, y: Tensor) -> None:
     """Update the weights once, from images (b, 3, h, w) and targets (b, classes)."""
-    recipe = run.recipe
-    lr = lr_at(run.step, run.total, round(run.steps * recipe.warmup_epochs), recipe.lr,
-               recipe.min_lr, recipe.schedule)
+    recipe, warmup = run.recipe, round(run.steps * run.recipe.warmup_epochs)
+    lr = lr_at(run.step, run.total, warmup, recipe.lr, recipe.min_lr, recipe.schedule)
     for xs, ys in zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate)):
         with torch.autocast(run.device.type, run.precision, run.precision != torch.float32):
             logits = run.model(xs)
@@ -298,53 +287,48 @@ def train_epoch(run: "Run", progress: tqdm) -> dict[str, Any]:
     """The rest of an epoch -> its row for metrics.csv; {} if a signal stops it before its end.
     All random numbers follow from the seed and the epoch or step, so a resumed run draws the same.
     (The large factors keep the steps, epochs and images of any two seeds apart.)"""
-    recipe, epoch, data = run.recipe, len(run.history), run.data
-    done = run.step - epoch * run.steps
+    r, data, epoch, done = run.recipe, run.data, *divmod(run.step, run.steps)
+    if len(run.history) < epoch:  # only the evaluation is left to do
+        epoch, done = epoch - 1, run.steps
     if not done:
         run.sums = {"loss": torch.zeros((), device=run.device), "seconds": 0.0, "waiting": 0.0}
-    sums, mix = run.sums, epoch < recipe.epochs - recipe.mix_off_epochs
-    small = recipe.start_size and epoch < recipe.epochs * recipe.start_share
+    size = r.start_size if r.start_size and epoch < r.epochs * r.start_share else r.img_size
     run.model.train()
     ended = time.perf_counter()
-    for batch in batches(data.train, recipe.batch_size, recipe.workers, first=done,
-                         seed=-1_000_000_007 * recipe.seed - 10_000_019 * (epoch + 1)):
-        torch.manual_seed(1_000_000_007 * recipe.seed + run.step + 1)
+    for batch in batches(data.train, r.batch_size, r.workers, first=done,
+                         seed=-1_000_000_007 * r.seed - 10_000_019 * (epoch + 1)):
+        torch.manual_seed(1_000_000_007 * r.seed + run.step + 1)
         images, labels = (part.to(run.device, non_blocking=True) for part in batch)
-        x, y = augment(recipe, data, images, labels, mix,
-                       recipe.start_size if small else recipe.img_size)
-        sums["waiting"] += time.perf_counter() - ended  # on a GPU, for the launches only
+        x, y = augment(r, data, images, labels, epoch < r.epochs - r.mix_off_epochs, size)
+        run.sums["waiting"] += time.perf_counter() - ended  # on a GPU, for the launches only
         train_step(run, x, y)
         progress.update()
         if run.step % CHECK_EVERY == 0 or run.step % run.steps == 0:
             check_finite(run)  # waits for the GPU, so that the time is right
-        sums["seconds"] += time.perf_counter() - ended
+        run.sums["seconds"] += time.perf_counter() - ended
         ended = time.perf_counter()
-        if run.stopped_by:
-            break
-    if run.step < (epoch + 1) * run.steps:
-        return {}
-    seconds, images = sums["seconds"], run.steps * min(recipe.batch_size, len(data.train))
-    return {"epoch": epoch + 1, "step": run.step, "train_loss": sums["loss"].item() / run.steps,
-            "lr": sums["lr"], "seconds": seconds, "images_per_s": images / seconds,
-            "data_share": sums["waiting"] / seconds}
+        if run.stopped_by and run.step < (epoch + 1) * run.steps:
+            return {}
+    seconds, images = run.sums["seconds"], run.steps * min(r.batch_size, len(data.train))
+    return {"epoch": epoch + 1, "step": run.step, "train_loss": run.sums["loss"].item() / run.steps,
+            "lr": run.sums["lr"], "seconds": seconds, "images_per_s": images / seconds,
+            "data_share": run.sums["waiting"] / seconds}
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, images: "Images", mean: Tensor, std: Tensor, workers: int,
              precision: torch.dtype, tta: bool = False,
              stopped: Callable[[], Any] = lambda: False) -> dict[str, float]:
     """Mean cross-entropy, and the shares (%) whose class is the likeliest, and among the five.
-    tta: average the logits of each image and its mirror image. Returns {} once stopped() is true.
-    """
+    tta: average the logits of each image and its mirror image. Returns {} once it is stopped."""
     model.eval()
-    total, device = torch.zeros(3, device=mean.device), mean.device
-    for x, labels in batches(images, 250, workers):
+    total = torch.zeros(3, device=mean.device)
+    for batch in batches(images, 250, workers):
         if stopped():
             return {}
-        x, labels = (t.to(device, non_blocking=True) for t in (x, labels))
-        with torch.autocast(device.type, precision, precision != torch.float32):
+        x, labels = (part.to(mean.device, non_blocking=True) for part in batch)
+        with torch.autocast(mean.device.type, precision, precision != torch.float32):
             x = normalize(x / 255.0, mean, std)
-            logits = (model(x) + model(x.flip(3))) / 2 if tta else model(x)
-        logits = logits.float()
+            logits = ((model(x) + model(x.flip(3))) / 2 if tta else model(x)).float()
         hits = logits.topk(min(5, logits.shape[1])).indices == rearrange(labels, "b -> b 1")
         loss = F.cross_entropy(logits, labels, reduction="sum")
         total += torch.stack([loss, 100 * hits[:, 0].sum(), 100 * hits.sum()])
@@ -398,7 +382,7 @@ def rand_augment(x: Tensor, level: float) -> Tensor:
         strength = torch.where(torch.rand(len(x)) < 0.5, strength, -strength)
         for index, operation in enumerate(RAND_AUGMENT_OPS.values()):
             if len(chosen := (choice == index).nonzero()[:, 0]):
-                m = per_sample(strength[chosen], x)
+                m = rearrange(strength[chosen], "b -> b 1 1 1").to(x.device, non_blocking=True)
                 chosen = chosen.to(x.device, non_blocking=True)
                 x[chosen] = operation(x[chosen], m)
     return x
@@ -435,7 +419,7 @@ class Images(Dataset):
         for number in numbers:
             try:
                 picture = as_shown(self.images[number])
-            except Exception as error:  # `batches` raises it: here, it would bring a traceback
+            except Exception as error:  # noqa: BLE001, `batches` raises it, without a traceback
                 return UserError(f"cannot read the image {self.images[number]} ({reason(error)}); "
                                  "--skip-bad leaves such images out")
             torch.manual_seed(self.seed - number)  # torchvision's transforms take no generator
@@ -459,50 +443,48 @@ def as_shown(item: str | np.ndarray) -> Image.Image:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
 
-def find_images(root: Path) -> tuple[list[str], list[str]]:
-    """The classes in a folder, which are its sub-folders, and the paths of all images in them.
-    A note counts what is left out: what is hidden or other programs' (@eaDir), what Pillow does
-    not know by its extension, and links to folders below a class, which could lead to other
-    classes or in circles. Raises UserError for a folder that cannot be read."""
+def find_images(root: Path) -> dict[str, list[str]]:
+    """The sub-folders of a folder, which are the classes -> the paths of all images below each.
+    A note counts what is left out: what is hidden or other programs' (@eaDir), what Pillow does not
+    know by its extension, and links to folders below a class, which may lead to other classes or in
+    circles. Raises UserError for a folder that cannot be read."""
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename} ({error.strerror})")
-
     Image.init()
     known = {ext for ext, form in Image.registered_extensions().items() if form in Image.OPEN}
-    classes, paths, left_out = None, [], Counter()
+    found, left_out = {}, Counter()
     for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        for name in sorted(folders):
-            if name[0] in ".@#" or classes is not None and os.path.islink(f"{place}/{name}"):
-                folders.remove(name)  # so that os.walk does not enter it
-                left_out[f"{name}/"] += 1
-        for name in files:
-            extension = os.path.splitext(name)[1].lower()
-            if classes is not None and name[0] != "." and extension in known:
-                paths.append((place, name))
-            else:
-                left_out[f"*{extension or name}"] += 1
-        classes = sorted(folders) if classes is None else classes
+        name = os.path.relpath(place, root).split(os.sep)[0]
+        odd = [folder for folder in folders if folder.startswith((".", "@", "#", "__MACOSX"))
+               or name != "." and os.path.islink(os.path.join(place, folder))]
+        folders[:] = sorted({*folders} - {*odd})  # which os.walk enters
+        suffixes = {file: os.path.splitext(file)[1].lower() for file in sorted(files)}
+        fine = [] if name == "." else [
+            file for file, suffix in suffixes.items() if suffix in known and file[0] != "."]
+        left_out.update(odd + [f"*{suffixes[file]}" for file in {*files} - {*fine}])
+        found.setdefault(name, []).extend(os.path.join(place, file) for file in fine)
     if counts := [f"{count} {what}" for what, count in left_out.most_common()]:
         say(f"note: {root}: left out what is no image of a class: {some(counts, 9)}", sys.stderr)
-    return classes, [os.path.join(*path) for path in sorted(paths)]
+    return {name: found[name] for name in sorted(found) if name != "."}
 
 def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Images:
     """The images in DIR/train, or DIR/test or DIR/val. `classes` are those to expect, in order."""
-    place, parts = Path(recipe.data_dir), ("train",) if train else ("test", "val")
-    root = next((place / part for part in parts if (place / part).is_dir()), None)
-    if root is None:
-        raise UserError(f"--data-dir {place} has no folder {' or '.join(parts)}, with one folder "
-                        "per class in it")
-    found, paths = find_images(root)
-    classes = classes or found
-    if unknown := sorted({*found} - {*classes}):
-        raise UserError(f"{root} has classes that training does not have: {some(unknown)}")
-    labels = [classes.index(os.path.relpath(path, root).split(os.sep)[0]) for path in paths]
-    if missing := [name for i, name in enumerate(classes) if i not in {*labels}]:
-        say(f"note: {root} has no images of {some(missing)}", sys.stderr)
-    if missing and train or len({*labels}) < 2:
-        raise UserError(f"{root} must have images of every class, and two classes or more")
-    return Images(paths, torch.tensor(labels), classes)
+    parts = ("train",) if train else ("test", "val")
+    places = [Path(recipe.data_dir, part) for part in parts if Path(recipe.data_dir, part).is_dir()]
+    if not places:
+        raise UserError(f"--data-dir {recipe.data_dir} has no folder {' or '.join(parts)}")
+    found = find_images(places[0])
+    classes = classes or [*found]
+    missing, unknown = ([name for name in a if not b.get(name)]
+                        for a, b in ((classes, found), (found, dict.fromkeys(classes, True))))
+    if unknown or missing and train or len(found) < 2:
+        raise UserError(f"{places[0]} must have images of the classes of training, two or more; "
+                        f"missing: {some(missing)}; unknown: {some(unknown)}")
+    if missing:
+        say(f"note: {places[0]} has no images of {some(missing)}", sys.stderr)
+    labels = [i for i, name in enumerate(classes) for _ in found.get(name, [])]
+    return Images([path for name in classes for path in found.get(name, [])],
+                  torch.tensor(labels), classes)
 
 def load_torchvision(recipe: Recipe, train: bool) -> Images:
     """A data set of torchvision, downloaded if need be; ImageNet cannot be."""
@@ -517,38 +499,27 @@ def load_torchvision(recipe: Recipe, train: bool) -> Images:
         data = getattr(torchvision.datasets, name.upper())(root, train, download=True)
         return Images([*data.data], torch.tensor(data.targets), data.classes)
     except (OSError, RuntimeError, ImportError) as error:
-        raise UserError(f"{name} could not be loaded ({reason(error)}). Put its archive into {root}"
-                        "/ (see README.md), or use --dataset folder or synthetic") from error
+        raise UserError(f"{name} could not be loaded ({reason(error)}). README.md says which file "
+                        f"{root}/ lacks; or use --dataset folder or synthetic") from error
 
-SHAPES = {  # inside or outside, for u and v from -1 to 1 across the shape
-    "disk": lambda u, v: u**2 + v**2 < 0.8,
-    "ring": lambda u, v: (u**2 + v**2 - 0.6).abs() < 0.25,
-    "square": lambda u, v: torch.maximum(u.abs(), v.abs()) < 0.8,
-    "frame": lambda u, v: (torch.maximum(u.abs(), v.abs()) - 0.75).abs() < 0.15,
-    "diamond": lambda u, v: u.abs() + v.abs() < 1,
-    "triangle": lambda u, v: (u.abs() * 2 - v < 0.9) & (v < 0.8),
-    "plus": lambda u, v: (torch.minimum(u.abs(), v.abs()) < 0.25) & (u.abs() + v.abs() < 1.2),
-    "cross": lambda u, v: ((u.abs() - v.abs()).abs() < 0.3) & (u.abs() < 0.9),
-    "rows": lambda u, v: (torch.sin(9 * v) > 0) & (u.abs() < 0.9) & (v.abs() < 0.9),
-    "columns": lambda u, v: (torch.sin(9 * u) > 0) & (u.abs() < 0.9) & (v.abs() < 0.9)}
+SHAPES = {"star": 0.6, "diamond": 1, "disk": 2, "square": 9}  # exponents p: |u|^p + |v|^p < 1
 
 def draw_shapes(count: int, size: int, seed: int) -> Images:
-    """Noisy pictures of the ten shapes at random places, sizes and colours; count: 10, 20, ..."""
+    """Noisy pictures of the four shapes, full or hollow, at random places, sizes and colours."""
     generator = torch.Generator().manual_seed(seed)
-
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(count, *shape, 1, 1, generator=generator)
-
+    labels = torch.arange(count) % (2 * len(SHAPES))
+    power = rearrange(torch.tensor([*SHAPES.values()])[labels // 2], "n -> n 1 1")
     axis = torch.linspace(-1, 1, size)
-    u = (axis - uniform(-0.3, 0.3)) / uniform(0.4, 0.7)
-    v = (rearrange(axis, "h -> h 1") - uniform(-0.3, 0.3)) / uniform(0.4, 0.7)
-    labels = torch.arange(count) % len(SHAPES)
-    inside = torch.empty(count, 1, size, size)
-    for k, shape in enumerate(SHAPES.values()):
-        inside[labels == k, 0] = shape(*torch.broadcast_tensors(u, v))[labels == k].float()
-    images = uniform(0, 0.4, 3) + uniform(0.4, 0.6, 3) * inside
+    u = (axis - uniform(-0.3, 0.3)).abs() / uniform(0.4, 0.7)
+    v = (rearrange(axis, "h -> h 1") - uniform(-0.3, 0.3)).abs() / uniform(0.4, 0.7)
+    distance = (u**power + v**power) ** (1 / power)
+    inside = (distance < 1) & (distance > 0.6 * rearrange(labels % 2, "n -> n 1 1"))
+    images = uniform(0, 0.4, 3) + uniform(0.4, 0.6, 3) * rearrange(inside, "n h w -> n 1 h w")
     images += 0.08 * torch.randn(images.shape, generator=generator)
-    return Images((images.clamp(0, 1) * 255).byte(), labels, [*SHAPES])
+    return Images((images.clamp(0, 1) * 255).byte(), labels,
+                  [f"{kind} {name}" for name in SHAPES for kind in ("full", "hollow")])
 
 def evaluation_cut(size: int, crop_pct: float | None) -> T.Transform:
     """Make a square of this side from a picture of any size, as the authors do for evaluation."""
@@ -562,15 +533,14 @@ def load_split(recipe: Recipe, train: bool, classes: list[str] | None = None) ->
     """The training or the test images, as they are evaluated. classes: in this order, if known."""
     if recipe.dataset == "synthetic":
         return draw_shapes(5000 if train else 1000, recipe.img_size, seed=int(train))
-    folder = recipe.dataset == "folder"
-    data = load_folder(recipe, train, classes) if folder else load_torchvision(recipe, train)
+    data = load_folder(recipe, train, classes) if recipe.dataset == "folder" else (
+        load_torchvision(recipe, train))
     data.cut = evaluation_cut(recipe.img_size, recipe.crop_pct)
     if recipe.skip_bad:
         numbers = tqdm(range(len(data)), "checking images", disable=None, leave=False)
-        bad = [i for i in numbers if isinstance(data[[i]], UserError)]
-        names = some([data.images[i] for i in bad]) or "none"
-        say(f"note: left out {len(bad)} of {len(data)} images, unreadable: {names}", sys.stderr)
-        data = data.part(sorted({*numbers} - {*bad}))
+        bad = {i: data.images[i] for i in numbers if isinstance(data[[i]], UserError)}
+        say(f"note: {len(bad)} images cannot be read: {some([*bad.values()])}", sys.stderr)
+        data = data.part([i for i in range(len(data)) if i not in bad])
     if recipe.img_size > SMALL:
         return data
     parts = tqdm(batches(data, 500, recipe.workers), "reading images", disable=None, leave=False)
@@ -623,19 +593,20 @@ class Data(NamedTuple):
     std: Tensor
     fingerprint: str  # of the training images, those held out included
 
-def prepare_data(recipe: Recipe, device: torch.device, statistics: tuple | None = None) -> Data:
-    """Load all images. statistics: mean and standard deviation, if not the images' own."""
-    plain, val = load_split(recipe, train=True), None
-    train = plain if not plain.cut else replace(plain, cut=T.RandomResizedCrop(
-        recipe.img_size, (recipe.crop_scale, 1), interpolation=T.InterpolationMode.BICUBIC))
-    test = load_split(recipe, train=False, classes=plain.classes)
+def prepare_data(recipe: Recipe, device: torch.device, source: "Source | None" = None) -> Data:
+    """Load all images. Their mean and standard deviation are the source's, if there is one."""
+    train, val = load_split(recipe, train=True), None
+    plain, test = train, load_split(recipe, train=False, classes=train.classes)
+    if train.cut:
+        train = replace(train, cut=T.RandomResizedCrop(
+            recipe.img_size, (recipe.crop_scale, 1), interpolation=T.InterpolationMode.BICUBIC))
     if recipe.val_size >= len(plain):
         raise UserError(f"--val-size must be below the {len(plain):,} training images")
     if recipe.val_size:
         order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
         val, train = plain.part(order[: recipe.val_size]), train.part(order[recipe.val_size :])
-    mean, std = map(torch.tensor, statistics) if statistics else channel_statistics(
-        plain, recipe.workers)
+    mean, std = ((torch.tensor(source.images[name]) for name in ("mean", "std")) if source else
+                 channel_statistics(plain, recipe.workers))
     return Data(train, val, test, plain.classes, mean.to(device), std.to(device),
                 fingerprint(plain, recipe.data_dir))
 
@@ -656,18 +627,16 @@ def naming(source: str) -> Iterator[None]:
     """Turn what reading or fitting weights raises into one line that names their source."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {source}") from error
     except Exception as error:
         downloaded = source.startswith(convnext.DOWNLOADS)  # by clients with errors of their own
         if not downloaded and not isinstance(error, OSError | ValueError | ImportError):
             raise
-        raise UserError(f"{source}: {reason(error)}") from error
+        missing = isinstance(error, FileNotFoundError)
+        raise UserError(f"{source}: {'no such file' if missing else reason(error)}") from error
 
 def open_weights(source: str) -> Source:
     """Read a file or a download of any layout. Raises UserError unless it holds a ConvNeXt.
-    Notes count only in files with this program's mark: other programs use the same names for other
-    things. The network follows from the tensors in any case."""
+    Notes count only beside this program's mark: other programs give their names other meanings."""
     with naming(source):
         remote = source.startswith(convnext.DOWNLOADS)
         path, images = convnext.download(source) if remote else (source, {})
@@ -676,11 +645,11 @@ def open_weights(source: str) -> Source:
         network = convnext.infer_architecture(weights)
         if network["in_channels"] != 3:
             raise ValueError(f"its images have {network['in_channels']} channels, not 3")
-        notes = {}
-        if MADE_BY in (metadata.get("made_by"), content.get("made_by")):
-            notes = {k: json.loads(v) for k, v in metadata.items() if k != "made_by"} or content
-            images = {k: v for k, v in (notes["args"] | notes).items()
-                      if k in {*IMAGENET, "crop_pct"}}
+        notes = content if content.get("made_by") == MADE_BY else {}
+        if metadata.get("made_by") == MADE_BY:
+            notes = {k: json.loads(v) for k, v in metadata.items() if k != "made_by"}
+    images = images or {k: v for k, v in (notes.get("args", {}) | {**notes}).items()
+                        if k in {*IMAGENET, "crop_pct"}}
     if not images:
         say(f"note: {source} does not say what images it expects; assumed are 224x224 pixels and "
             "ImageNet's mean and standard deviation", sys.stderr)
@@ -695,10 +664,10 @@ def check_classes(source: Source, classes: list[str]) -> None:
     natural = sorted(classes, key=lambda name: [
         int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())])
     if not known:
-        loud = "" if natural == classes or classes != sorted(classes) else (
-            f". WARNING: timm sorts them {some(natural)}; if its order was used, results are wrong")
-        say(f"note: {source.name} does not name its classes; assumed are 0 = {classes[0]}, 1 = "
-            f"{classes[1]}, ..., {count - 1} = {classes[-1]}{loud}", sys.stderr)
+        say(f"note: {source.name} does not name its classes; assumed are {classes[0]} (0), "
+            f"{classes[1]} (1), ..., {classes[-1]} ({count - 1})" + (
+                f". WARNING: not in timm's order, {some(natural)}; with weights that are, all "
+                "results are wrong" if natural != classes == sorted(classes) else ""), sys.stderr)
 
 def load_teacher(source: Source, run: "Run") -> Callable[[Tensor], Tensor]:
     """The source's network, as a function of images (b, 3, h, w) normalised for the student."""
@@ -729,8 +698,8 @@ def fan_in_init(model: convnext.ConvNeXt) -> None:
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
 
 def pick_device(name: str) -> torch.device:
-    found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
+        found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         return torch.empty(1, device=found if name == "auto" else name).device
     except Exception as error:  # each backend raises its own
         raise UserError(f"--device {name} cannot be used here ({reason(error)})") from error
@@ -752,8 +721,7 @@ class Run:
         self.recipe, self.folder = recipe, Path(recipe.output)
         self.device = pick_device(recipe.device)
         self.precision = pick_precision(recipe.amp, self.device)
-        self.data = prepare_data(recipe, self.device,
-                                 source and (source.images["mean"], source.images["std"]))
+        self.data = prepare_data(recipe, self.device, source)
         self.teacher = recipe.teacher and load_teacher(open_weights(recipe.teacher), self)
         self.steps = max(1, len(self.data.train) // recipe.batch_size)  # per epoch
         self.total = self.steps * recipe.epochs
@@ -777,8 +745,8 @@ class Run:
         self.model.to(self.device)
         # ema += (weights - ema) / horizon. The horizon is a share of the run: the usual decay of
         # 0.9999 looks back 10,000 steps, which is too far in a run of 20,000.
-        average = get_ema_multi_avg_fn(1 - 1 / max(1.0, recipe.ema_horizon * self.total))
-        self.ema = recipe.ema_horizon and AveragedModel(self.model, multi_avg_fn=average).eval()
+        average = swa_utils.get_ema_multi_avg_fn(1 - 1 / max(1, recipe.ema_horizon * self.total))
+        self.ema = recipe.ema_horizon and swa_utils.AveragedModel(self.model, multi_avg_fn=average)
         self.optimizers = make_optimizers(self.model, recipe)
         # float16 alone has too small a range for gradients: they are scaled up, and back down.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.half)
@@ -790,34 +758,31 @@ class Run:
     def load_initial(self, source: Source) -> str:
         """Begin with the weights of a source, but without a classifier for other classes."""
         tensors, classes = source.weights.tensors, self.data.classes
-        if source.network["num_classes"] == len(classes) and (
-                source.notes.get("classes", classes) == classes):
+        if (source.notes.get("classes", classes), source.network["num_classes"]) == (
+                classes, len(classes)):
             check_classes(source, classes)
         else:
             tensors = {k: v for k, v in tensors.items() if not k.startswith("head.fc.")}
         with naming(source.name), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `describe` prints the report
             report = convnext.load_weights(self.model, source.weights._replace(tensors=tensors))
-        new = [line for line in report.kept if not line.startswith("head.")]
-        if self.recipe.freeze_backbone and new:
-            raise UserError(f"--freeze-backbone would not train what the file lacks: {some(new)}")
+        if self.recipe.freeze_backbone and any("head." not in line for line in report.kept):
+            raise UserError(f"--freeze-backbone would leave untrained: {some(report.kept)}")
         return f"{source.name}: {report}"
 
     def measure(self) -> dict[str, float]:
         """The accuracy of the weights, and of their average, as columns of metrics.csv."""
-        data, columns, split = self.data, {}, "val" if self.data.val else "test"
-        for prefix, model in ((split, self.model), (f"{split}_ema", self.ema)):
-            result = evaluate(
-                model, data.val or data.test, data.mean, data.std, self.recipe.workers,
-                self.precision, stopped=lambda: self.stopped_by) if model else {}
-            columns |= {f"{prefix}_{name}": value for name, value in result.items()}
-        return columns
+        data, split = self.data, "val" if self.data.val else "test"
+        models = {split: self.model} | ({f"{split}_ema": self.ema} if self.ema else {})
+        return {f"{prefix}_{name}": value for prefix, model in models.items() for name, value in
+                evaluate(model, data.val or data.test, data.mean, data.std, self.recipe.workers,
+                         self.precision, stopped=lambda: self.stopped_by).items()}
 
     def parts(self) -> dict[str, Any]:
         """What has a state_dict, by its name in the checkpoint."""
-        parts = {"model": self.model, "scaler": self.scaler} | {
+        parts = {"model": self.model, "scaler": self.scaler, "ema": self.ema} | {
             type(optimizer).__name__: optimizer for optimizer in self.optimizers}
-        return parts | {"ema": self.ema} if self.ema else parts
+        return {name: part for name, part in parts.items() if part}
 
     def state(self) -> dict[str, Any]:
         """Plain data, which `torch.load(weights_only=True)` reads without running any code."""
@@ -839,13 +804,12 @@ class Run:
 @torch.no_grad()
 def check_finite(run: Run) -> None:
     """Raise UserError once the loss or a weight is infinite or not a number."""
-    epoch, done = divmod(run.step - 1, run.steps)
-    for name, value in (("loss", run.sums["loss"] / (done + 1)),
-                        ("norm of the weights", nn.utils.get_total_norm(run.model.parameters()))):
-        if not value.isfinite():
-            raise UserError(f"the {name} became {value.item()} by step {done + 1} of epoch "
-                            f"{epoch + 1}, at lr {run.sums['lr']:.1e}: try a lower --lr, "
-                            f"--clip-grad 1 or --amp off. {run.folder} stays as it was before")
+    loss = run.sums["loss"] / ((run.step - 1) % run.steps + 1)
+    norm = nn.utils.get_total_norm(run.model.parameters())
+    if not (loss + norm).isfinite():
+        raise UserError(f"by step {run.step}, at lr {run.sums['lr']:.1e}, the mean loss became "
+                        f"{loss:.3g} and the norm of the weights {norm:.3g}: try a lower --lr, "
+                        f"--clip-grad 1 or --amp off. {run.folder} stays as it was before")
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Replace a file as a whole: a crash or a full disk leaves the old one as it was."""
@@ -882,15 +846,13 @@ def save(run: Run) -> None:
 
 def describe(run: Run) -> None:
     """Print what is about to happen, and note the settings in args.json."""
-    r, data = run.recipe, run.data
+    r, data, parameters = run.recipe, run.data, [p.numel() for p in run.model.parameters()]
     write_file(run.folder / "args.json", lambda path: path.write_text(json.dumps(asdict(r))))
-    parameters = [p.numel() for p in run.model.parameters()]
-    held_out = f" + {len(data.val):,} held-out" if data.val else ""
     say(f"model   ConvNeXt-{r.variant}, patch size {r.patch_size}: {sum(parameters):,} parameters, "
         f"{run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n"
         f"init    {run.origin or r.init}\n"
-        f"data    {r.dataset}: {len(data.train):,} training{held_out} + {len(data.test):,} test "
-        f"images, {len(data.classes)} classes ({some(data.classes)})\n"
+        f"data    {r.dataset}: {len(data.train):,} training + {len(data.val or []):,} held-out + "
+        f"{len(data.test):,} test images, {len(data.classes)} classes ({some(data.classes)})\n"
         f"device  {run.device}, {str(run.precision)[6:]}, torch {torch.__version__}\n"
         f"steps   {r.epochs} epochs x {run.steps} of {r.batch_size} images, lr {r.lr:g}, weight "
         f"decay {r.weight_decay:g}, seed {r.seed}\nrun     {run.folder}")
@@ -902,7 +864,6 @@ def stop_signals(run: Run) -> Iterator[None]:
     def receive(number: int, _frame: Any) -> None:
         run.stopped_by = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
     with contextlib.ExitStack() as handlers:  # puts the former handlers back
         for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows lacks the last two; nohup ignores SIGHUP
@@ -926,6 +887,8 @@ def train(run: Run) -> None:
                               if name not in ("step", "seconds") and "top5" not in name)
                     + f"  {a_step * (run.total - run.step):.0f} s left")
             save(run)
+        if run.step == begun:  # a complete run; one of its files may be missing
+            save(run)
 
 def report(source: Source, recipe: Recipe, test: Images) -> None:
     """Print the accuracy of a source's weights on the test images."""
@@ -933,54 +896,49 @@ def report(source: Source, recipe: Recipe, test: Images) -> None:
     device = pick_device(recipe.device)
     mean, std = (torch.tensor(source.images[name], device=device) for name in ("mean", "std"))
     model = convnext.from_checkpoint(source.weights).to(device, memory_format=torch.channels_last)
-    for mirror in (False, True)[: 1 + recipe.tta]:
-        result = evaluate(model, test, mean, std, recipe.workers,
-                          pick_precision(recipe.amp, device), mirror)
-        say(f"{source.name}{' with mirror images' if mirror else ''}: test loss "
-            f"{result['loss']:.4f}  top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  of "
-            f"{len(test):,} images, {recipe.img_size}x{recipe.img_size}")
+    for mirror in (False, True) if recipe.tta else (False,):
+        loss, top1, top5 = evaluate(model, test, mean, std, recipe.workers,
+                                    pick_precision(recipe.amp, device), mirror).values()
+        say(f"{source.name}{' with mirror images' if mirror else ''}: test loss {loss:.4f}  top-1 "
+            f"{top1:.2f} %  top-5 {top5:.2f} %  of {len(test):,} images of {recipe.img_size} px")
 
 # --- 9. Command line ----------------------------------------------------------------------------
 FIELDS = {field.name: field for field in fields(Recipe)}
 ANY_TIME = {"resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta"}
 EVALUATION = {"eval_only", "dataset", "data_dir", "img_size", "crop_pct", "skip_bad", "workers",
               "device", "amp", "tta"}
+KINDS = {name: (*get_args(field.type), field.type)[0] for name, field in FIELDS.items()}
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
-def kind(name: str) -> type:
-    """The type of a setting; of `float | None` it is float."""
-    return (*get_args(FIELDS[name].type), FIELDS[name].type)[0]
-
 def complete(r: Recipe) -> None:
-    """Check every value, wherever it comes from, and fill in the defaults that follow from others.
+    """Fill in the defaults that follow from others, and check each value, wherever it comes from.
     Raises UserError for a value that is not allowed."""
-    for name in FIELDS:
-        value, allowed = getattr(r, name), FIELDS[name].metadata["allowed"]
-        fine = isinstance(value, kind(name)) or value is None is FIELDS[name].default
+    for name, value in (("layer_scale", 0.0 if convnext.VARIANTS[r.variant].grn else 0.1),
+                        ("warmup_epochs", r.epochs / 20), ("mix_off_epochs", r.epochs // 10)):
+        setattr(r, name, value if getattr(r, name) is None else getattr(r, name))
+    for name, about in FIELDS.items():
+        value, allowed = getattr(r, name), about.metadata["allowed"]
+        fine = isinstance(value, KINDS[name]) or value is about.default is None
         if fine and isinstance(allowed, tuple):
             fine = value in allowed
         elif fine and allowed and value is not None:
             low, high = map(float, allowed[1:-1].split(","))
-            fine = low <= value <= high and not (
-                allowed[0] == "(" and value == low or allowed[-1] == ")" and value == high)
+            fine = (low <= value <= high and (value > low or allowed[0] == "[")
+                    and (value < high or allowed[-1] == "]"))
         if not fine:
-            what = {int: "a whole number in ", float: "a number in "}.get(kind(name), "one of ")
+            what = {int: "a whole number in ", float: "a number in "}.get(KINDS[name], "one of ")
             raise UserError(f"{flag(name)} must be {what}{allowed}, not {value!r}")
-    for name, value in (("layer_scale", 0.0 if convnext.VARIANTS[r.variant].grn else 0.1),
-                        ("warmup_epochs", r.epochs / 20), ("mix_off_epochs", r.epochs // 10)):
-        setattr(r, name, value if getattr(r, name) is None else getattr(r, name))
     stride = 8 * r.patch_size  # of the whole network
     for name, fine, allowed in (
-        ("warmup_epochs", r.warmup_epochs < r.epochs, f"below --epochs, {r.epochs}"),
-        ("min_lr", r.min_lr <= r.lr, f"up to --lr, {r.lr}"),
-        ("accumulate", r.accumulate <= r.batch_size, f"up to --batch-size, {r.batch_size}"),
-        ("img_size", r.img_size >= stride, f"{stride} or more at --patch-size {r.patch_size}"),
-        ("start_size", not r.start_size or stride <= r.start_size <= r.img_size,
-         f"0, or from {stride} to --img-size, {r.img_size}"),
-        ("crop_padding", r.crop_padding < r.img_size, f"below --img-size, {r.img_size}"),
-    ):
+            ("warmup_epochs", r.warmup_epochs < r.epochs, f"below --epochs, {r.epochs}"),
+            ("min_lr", r.min_lr <= r.lr, f"up to --lr, {r.lr}"),
+            ("accumulate", r.accumulate <= r.batch_size, f"up to --batch-size, {r.batch_size}"),
+            ("img_size", r.img_size >= stride, f"{stride} or more at --patch-size {r.patch_size}"),
+            ("start_size", not r.start_size or stride <= r.start_size <= r.img_size,
+             f"0, or from {stride} to --img-size, {r.img_size}"),
+            ("crop_padding", r.crop_padding < r.img_size, f"below --img-size, {r.img_size}")):
         if not fine:
             raise UserError(f"{flag(name)} must be {allowed}, not {getattr(r, name)}")
 
@@ -989,75 +947,67 @@ def parse(argv: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         usage="python train.py [--option value ...]; --help lists the options",
         argument_default=argparse.SUPPRESS, allow_abbrev=False)  # --mix must not pass for --mixup
-    parser.add_argument("--recipe", choices=("scratch", "finetune", "fast"),
-                        help="finetune: for --init-from; fast: for two CPU cores")
-    parser.add_argument("--resume", metavar="LAST.PT", help="continue this run")
-    parser.add_argument("--eval-only", metavar="SOURCE", help="only measure the accuracy of last.pt"
-                        ", best.pt, weights.safetensors, or whatever --init-from takes")
-    for name, setting in FIELDS.items():
-        about, default = setting.metadata, setting.default
-        if "group" in about:
-            group = parser.add_argument_group(about["group"])
-        how = {"action": argparse.BooleanOptionalAction} if kind(name) is bool else {
-            "type": kind(name), "metavar": "NAME" if name == "variant" else None,
-            "choices": about["allowed"] if isinstance(about["allowed"], tuple) else None}
-        more = "" if default in (None, False) else f"; default {default}"
-        group.add_argument(flag(name), *filter(None, [about.get("short")]),
-                           help=about["help"] + more, **how)
+    for name, about in FIELDS.items():
+        help_, allowed = about.metadata["help"], about.metadata["allowed"]
+        if "group" in about.metadata:
+            group = parser.add_argument_group(about.metadata["group"])
+        how = {"action": argparse.BooleanOptionalAction} if KINDS[name] is bool else {
+            "type": KINDS[name], "choices": allowed if isinstance(allowed, tuple) else None}
+        if about.default not in (None, False):
+            help_ += f"; default {about.default}"
+        short = [about.metadata["short"]] if "short" in about.metadata else []
+        group.add_argument(flag(name), *short, help=help_, **how)
     # The authors write --drop_path.
     argv = [re.sub("^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in argv]
     given = vars(parser.parse_args(argv))
-    if empty := [flag(name) for name in given if given[name] == ""]:  # a shell variable, not set
-        parser.error(f"{some(empty)} must not be empty")
+    if "" in given.values():  # from a shell variable that is not set
+        parser.error("no value may be empty")
     return given
 
 def refuse_contradictions(given: dict[str, Any], notes: Mapping[str, Any]) -> None:
     """Raise UserError for flags that cannot stand together."""
-    saved, names = notes.get("args", {}), given.keys()
-    changed = [flag(k) for k in given if k not in ANY_TIME and saved.get(k) != given[k]]
-    idle = [flag(k) for k in given if k not in EVALUATION]
-    new = given.get("recipe") == "fast" or given.get("init") == "fan-in"
+    saved, names, new = notes.get("args", {}), given.keys(), given.get("recipe") == "fast"
+    changed = some([flag(k) for k in given if k not in ANY_TIME and saved.get(k) != given[k]])
+    idle = some([flag(k) for k in given if k not in EVALUATION])
+    tuned = given.get("recipe") == "finetune" or given.get("freeze_backbone")
     for wrong, text in (
-        (len(names & {"resume", "eval_only", "init_from"}) > 1,
-         "only one of --resume, --eval-only and --init-from can be given"),
-        ("resume" in names and "step" not in notes, "--resume takes last.pt, of this version"),
-        ("resume" in names and changed, f"--resume cannot change {some(changed)}; a longer or "
-                                        "different run begins with --init-from"),
-        ("eval_only" in names and idle, f"--eval-only trains nothing: leave out {some(idle)}"),
-        ("init_from" in names and new, "--recipe fast and --init fan-in are for new weights"),
-        ("init_from" not in names and (
-            given.get("recipe") == "finetune" or "freeze_backbone" in names),
-         "--recipe finetune and --freeze-backbone need weights: --init-from SOURCE"),
-        ("teacher" not in names and names & {"distill_alpha", "distill_temperature"},
-         "--distill-alpha and --distill-temperature need a --teacher")):
+            (len(names & {"resume", "eval_only", "init_from"}) > 1,
+             "only one of --resume, --eval-only and --init-from can be given"),
+            ("resume" in names and "step" not in notes, "--resume takes last.pt, of this version"),
+            ("resume" in names and changed,
+             f"--resume cannot change {changed}; a different run begins with --init-from"),
+            ("eval_only" in names and idle, f"--eval-only trains nothing: leave out {idle}"),
+            ("init_from" in names and (new or given.get("init") == "fan-in"),
+             "--recipe fast and --init fan-in begin with new weights, without --init-from"),
+            ("init_from" not in names and tuned, "this needs weights: --init-from SOURCE"),
+            ("teacher" not in names and names & {"distill_alpha", "distill_temperature"},
+             "--distill-alpha and --distill-temperature need a --teacher")):
         if wrong:
             raise UserError(text)
 
 def combine(given: dict[str, Any], source: Source | None = None) -> Recipe:
     """All settings. Later ones win: defaults, the weights', the named recipe's, those typed.
     With --resume and --eval-only, the checkpoint's own stand where the named recipe does."""
-    saved = source.notes.get("args", {"dataset": "imagenet"}) if source else {}
     refuse_contradictions(given, source.notes if source else {})
-    typed, weights, named = {k: v for k, v in given.items() if k in FIELDS}, {}, {}
+    weights, named, name = {}, {}, given.get("recipe")
     if source:
-        weights = {k: source.network[k] for k in ("variant", "patch_size", "layer_scale")} | {
-            k: v for k, v in source.images.items() if k in ("img_size", "crop_pct")}
-        if typed.get("img_size", weights["img_size"]) != weights["img_size"]:
-            weights.pop("crop_pct", None)  # it belongs to the weights' own size
+        saved = source.notes.get("args", {"dataset": "imagenet"})
+        weights = {k: v for k, v in (source.network | source.images).items() if k in (
+            "variant", "patch_size", "layer_scale", "img_size", "crop_pct")}
+        if given.get("img_size", weights["img_size"]) != weights["img_size"]:
+            weights["crop_pct"] = None  # it belongs to the weights' own size
     if "resume" in given:
         named = saved | {"output": str(Path(given["resume"]).parent)}
     elif "eval_only" in given:
         named = {k: v for k, v in saved.items() if k in ("dataset", "data_dir", "skip_bad", "amp")}
-    elif given.get("recipe") == "finetune":
-        known = {"variant": Recipe.variant, "batch_size": Recipe.batch_size} | weights | typed
-        named = finetune(known["variant"], known["batch_size"])
-    elif given.get("recipe") == "fast":
-        named = FAST
+    elif name:
+        known = {"variant": Recipe.variant, "batch_size": Recipe.batch_size} | weights | given
+        named = {"fast": FAST, "finetune": finetune(known["variant"], known["batch_size"])}.get(
+            name, {})
+        say(f"{name}: " + ", ".join(f"{flag(k)} {v}" for k, v in named.items() if k not in given))
     if given.get("freeze_backbone"):
         named = named | {"drop_path": 0.0}  # what does not learn needs no noise
-    if "recipe" in given:
-        say("recipe  " + ", ".join(f"{flag(k)} {v}" for k, v in named.items() if k not in typed))
-    return Recipe(**weights | named | typed)
+    return Recipe(**weights | named | given)
 
 def main(argv: list[str]) -> int:
     """Do what the command line says -> the exit code. Raises UserError and KeyboardInterrupt."""
@@ -1070,7 +1020,7 @@ def main(argv: list[str]) -> int:
         return 0
     recipe.output = recipe.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{recipe.variant}")
     folder, last = Path(recipe.output), Path(recipe.output) / "last.pt"
-    if last.exists() and not ("resume" in given and last.samefile(given["resume"])):
+    if last.exists() and not ("resume" in given and last.samefile(origin)):
         raise UserError(f"{folder} holds a run: give --resume {last}, or another --output")
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # Linux would hand each step its memory anew, page by page and filled with zeros, which is a
@@ -1081,18 +1031,16 @@ def main(argv: list[str]) -> int:
     run = Run(recipe, source, "resume" in given)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
+        with FileLock(folder / ".lock", timeout=0):
+            describe(run)
+            train(run)
     except Timeout as error:
         raise UserError(f"another run is writing to {folder}") from error
-    with lock:
-        describe(run)
-        train(run)
-        if run.stopped_by:
-            say(f"stopped; to go on: python train.py --resume {last}", sys.stderr)
-            return 128 + run.stopped_by
-        save(run)  # of a run that was complete, a file may be missing
-        for name in ("last.pt", "best.pt")[: 1 + bool(run.data.val)]:
-            report(open_weights(str(folder / name)), recipe, run.data.test)
+    if run.stopped_by:
+        say(f"stopped; to go on: python train.py --resume {last}", sys.stderr)
+        return 128 + run.stopped_by
+    for path in (last, folder / "best.pt") if run.data.val else (last,):
+        report(open_weights(str(path)), recipe, run.data.test)
     return 0
 
 def unfailing(method: Callable) -> Callable:
