@@ -1,742 +1,343 @@
 """Train ConvNeXt on CIFAR-10, on a folder of images, or on shapes drawn on the spot.
 
     python train.py --variant tiny --epochs 100       # the full recipe; downloads CIFAR-10
+    python train.py --recipe fast                     # a small network, for two CPU cores
     python train.py --dataset folder --data-dir DIR --img-size 224 --patch-size 4
     python train.py --init-from timm:convnext_tiny.fb_in22k --recipe finetune --dataset folder ...
     python train.py --teacher runs/NAME/weights.safetensors --variant atto ...    # distillation
-    python train.py --resume runs/NAME/last.pt        # go on where a run stopped
-    python train.py --eval-only CHECKPOINT            # only measure the accuracy; any layout
+    python train.py --resume runs/NAME/last.pt        # continue a run that was stopped
+    python train.py --eval-only CHECKPOINT            # only measure the accuracy
 
-It is the paper's recipe for ImageNet (table 5) brought down to a hundred epochs of 32x32 images;
-README.md lists the changes and the measurements behind them. In the order in which it runs:
-
-    1 Arguments       every switch of the recipe, with its default
-    2 Data            numbers of images -> a batch of bytes
-    3 Augmentation    bytes -> what the network sees, drawn for each sample on its own
-    4 Optimisation    what decays, how fast a layer learns at a step, averages, the loss, a teacher
-    5 Evaluation      loss, top-1, top-5
-    6 The run         its state, its folder, its log
-    7 Training        the loop
+The default recipe is the paper's for ImageNet (table 5), adapted to a hundred epochs of 32x32
+images; README.md has the differences, and the measurements behind them. Sections 1 to 4 are what
+learns; 5 RandAugment's operations, 6 data, 7 weights, 8 the run and 9 the command line serve them.
 """
 
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import json
 import math
 import os
-import platform
 import re
-import shlex
-import shutil
 import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from copy import copy
-from dataclasses import dataclass
-from functools import partial
-from multiprocessing.pool import ThreadPool
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
+import torchvision.datasets
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
-from einops import rearrange, reduce, repeat
-from PIL import Image
+from einops import rearrange, reduce
+from filelock import FileLock, Timeout
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, Subset
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
+from torch.optim import swa_utils
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import convnext
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
+# --- 1. Recipe ----------------------------------------------------------------------------------
+def setting(default: Any, help_: str, allowed: str | tuple = "", **more: Any) -> Any:
+    """A field of Recipe. `allowed`: the words or the interval to choose from; [0, 1) excludes 1."""
+    return field(default=default, metadata={"help": help_, "allowed": allowed, **more})
 
-class UserError(Exception):
-    """Something that the user can mend; shown as one line, without a traceback."""
+@dataclass
+class Recipe:
+    """Every setting. Each is a flag: batch_size is --batch-size. `complete` checks the values."""
+    recipe: str = setting("scratch", "other defaults; finetune: for --init-from; fast: for two CPU "
+                          "cores", ("scratch", "finetune", "fast"), group="what to do")
+    resume: str | None = setting(None, "continue the run of this last.pt")
+    eval_only: str | None = setting(None, "only measure the accuracy of these weights, from a run "
+                                    "or as for --init-from")
+    dataset: str = setting("cifar10", "images to train on", (
+        "cifar10", "cifar100", "food101", "imagenet", "folder", "synthetic"), group="data")
+    data_dir: str = setting("data", "its place; folder: that of train/ and test/ or val/")
+    img_size: int = setting(32, "side in pixels; with --init-from: that of its network", "[1, inf)")
+    crop_pct: float | None = setting(None, "share of the shorter side to evaluate on, above 64 "
+                                     "pixels. Default: 0.875; 1 and squeezed from 384", "(0, 1]")
+    val_size: int = setting(0, "training images to hold out; they choose best.pt", "[0, inf)")
+    skip_bad: bool = setting(False, "leave out images that cannot be read")
+    workers: int = setting(min(8, os.cpu_count() or 1), "processes that read images", "[0, inf)",
+                           short="-j")
+    crop_padding: int = setting(4, "largest shift of an image, up to 64 pixels", "[0, inf)",
+                                group="augmentation (0 turns a part off)")
+    crop_scale: float = setting(0.08, "least area of a random crop, above 64 pixels", "[0, 1]")
+    flip: float = setting(0.5, "probability of a mirror image", "[0, 1]")
+    rand_augment: float = setting(9.0, "strength of RandAugment", "[0, 10]")
+    random_erase: float = setting(0.25, "probability of an erased rectangle", "[0, 1]")
+    mixup: float = setting(0.8, "alpha of MixUp", "[0, inf)")
+    cutmix: float = setting(1.0, "alpha of CutMix", "[0, inf)")
+    mix_prob: float = setting(1.0, "probability that a batch is mixed", "[0, 1]")
+    mix_off_epochs: int | None = setting(None, "unmixed last epochs. Default: a tenth", "[0, inf)")
+    start_size: int = setting(0, "side to shrink images to in the first epochs", "[0, inf)")
+    start_share: float = setting(0.5, "share of the epochs at --start-size", "[0, 1]")
+    variant: str = setting(
+        "tiny", "size of the network", tuple(convnext.VARIANTS), short="--model", group="network")
+    # The paper has 4 and 1e-6. At 32x32 both of these learn faster; README.md has the tables.
+    patch_size: int = setting(2, "side of the stem's patches", (1, 2, 4))
+    layer_scale: float | None = setting(None, "initial value. Default: 0.1; V2: none", "[0, inf)")
+    drop_path: float = setting(0.1, "stochastic depth: chance to skip the last block", "[0, 1)")
+    init: str = setting("paper", "initial weights; fan-in: for narrow layers", ("paper", "fan-in"))
+    head_init_scale: float = setting(1.0, "factor on the classifier's initial weights", "[0, inf)")
+    init_from: str | None = setting(None, "begin with these weights, in any layout: a file, an "
+                                    "https address, timm:NAME or hf:REPO", group="other networks")
+    freeze_backbone: bool = setting(False, "train the classifier alone")
+    teacher: str | None = setting(None, "learn from this network's outputs, too (distillation)")
+    distill_alpha: float = setting(0.5, "the teacher's share of the loss", "[0, 1]")
+    distill_temperature: float = setting(2.0, "divisor of both networks' logits", "(0, inf)")
+    epochs: int = setting(100, "passes over the images", "[1, inf)", group="optimisation")
+    batch_size: int = setting(128, "images per step", "[1, inf)", short="-b")
+    accumulate: int = setting(1, "parts of a step: the same in less memory", "[1, inf)")
+    optimizer: str = setting("adamw", "muon: for the matrices of the blocks", ("adamw", "muon"))
+    lr: float = setting(1e-3, "highest learning rate", "(0, inf)")
+    muon_lr: float = setting(0.02, "highest learning rate of Muon", "(0, inf)")
+    min_lr: float = setting(1e-6, "last learning rate; Muon's in proportion", "[0, inf)")
+    schedule: str = setting("cosine", "how the learning rate falls", ("cosine", "linear"))
+    warmup_epochs: float | None = setting(None, "of rising rate. Default: a twentieth", "[0, inf)")
+    layer_decay: float = setting(1.0, "factor on the rate from each layer to the last", "(0, 1]")
+    beta2: float = setting(0.999, "AdamW's decay rate of squared gradients", "[0, 1)")
+    weight_decay: float = setting(0.05, "of matrices and filters", "[0, inf)", short="--wd")
+    label_smoothing: float = setting(0.1, "share of a label spread over all classes", "[0, 1)")
+    clip_grad: float = setting(0.0, "largest norm of the gradient; 0: any", "[0, inf)")
+    ema_horizon: float = setting(0.04, "share of the run in the average of the weights", "[0, 1)")
+    amp: str = setting("auto", "type of matrix products; auto: bf16 if the hardware has it",
+                       ("auto", "bf16", "fp16", "off"), group="run")
+    compile: bool = setting(False, "use torch.compile")
+    device: str = setting("auto", "cuda, mps or cpu")
+    seed: int = setting(0, "seed of all random numbers", "[0, 4294967295]")
+    eval_every: int = setting(1, "epochs from one evaluation to the next", "[1, inf)")
+    tta: bool = setting(False, "finally, report the mean over each image and its mirror image, too")
+    output: str | None = setting(None, "folder of the run. Default: runs/<time>-<variant>")
 
+    def __post_init__(self) -> None:
+        complete(self)
 
-def say(text: str, file: TextIO | None = None) -> None:
-    """Print above the progress bar. Whoever read it may have gone, as `head` does: go on."""
-    try:
-        tqdm.write(text, file)
-        (file or sys.stdout).flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+# For a small network on two CPU cores; README.md shows what each of these gains.
+FAST = {
+    "variant": "atto", "patch_size": 1, "layer_scale": 0.0, "drop_path": 0.0, "init": "fan-in",
+    "optimizer": "muon", "lr": 3e-3, "muon_lr": 0.02, "beta2": 0.95, "min_lr": 0.0,
+    "weight_decay": 0.02, "schedule": "linear", "batch_size": 256, "epochs": 40,
+    "label_smoothing": 0.1, "crop_padding": 4, "rand_augment": 5.0, "random_erase": 0.25,
+    "mix_prob": 0.0, "ema_horizon": 0.0, "start_size": 24, "start_share": 0.5, "tta": True}
 
-
-class Stopped(BaseException):
-    """Ctrl-C, or SIGTERM from a scheduler. No Exception, lest somebody take it for an error."""
-
-
-received: list[int] = []  # the signal for which `batches` raises Stopped
-
-
-@contextlib.contextmanager
-def stop_between_batches() -> Iterator[None]:
-    """On the first SIGINT or SIGTERM finish the batch: half a step would update half the weights.
-
-    The second acts as it always does.
-    """
-    def receive(number: int, _frame: Any) -> None:
-        received.append(number)
-        handlers.close()
-
-    with contextlib.ExitStack() as handlers:  # when closed it puts back the handlers of before
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers.callback(signal.signal, number, signal.signal(number, receive))
-        yield
-
-
-# --- 1. Arguments -------------------------------------------------------------------------------
-
-
-def number(kind: type, interval: str) -> Callable[[str], Any]:
-    """A type for argparse: a number in the interval, for example "[0, 1)", which excludes 1."""
-    low, high = map(float, interval[1:-1].split(","))
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan  # not in any interval
-        above = low <= value if interval[0] == "[" else low < value
-        below = value <= high if interval[-1] == "]" else value < high
-        if not (above and below):
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what} in {interval}, not {text!r}")
-        return value
-    return parse
-
-
-whole, real = partial(number, int), partial(number, float)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def not_empty(text: str) -> str:
-    if not text:  # as a shell variable may be that is not set
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=("cifar10", "cifar100", "food101", "imagenet", "folder", "synthetic"),
-        default="cifar10", help="what to train on")
-    add("--data-dir", default="data", metavar="DIR",
-        help="the data set's place; for folder: has train/ and test/ (or val/), with a folder a "
-        "class")
-    add("--img-size", type=whole("[1, inf)"), default=32, metavar="N",
-        help="side; by default that of --init-from's images. Images of up to 64x64 are kept in "
-        "memory, larger ones read as needed")
-    add("--crop-pct", type=real("(0, 1]"), metavar="P",
-        help="share of the shorter side that is tested, of images above 64x64; default 0.875, and "
-        "from 384x384 on the whole image, squeezed into a square")
-    add("--val-size", type=whole("[0, inf)"), default=0, metavar="N",
-        help="hold out N training images, and let them choose best.pt")
-    add("--skip-bad", action="store_true", help="leave out images that cannot be read")
-    add("--workers", "-j", type=whole("[0, inf)"), default=min(8, os.cpu_count() or 1),
-        metavar="N", help="processes that read images")
-    add = parser.add_argument_group("augmentation (0 turns a part off)").add_argument
-    add("--crop-padding", type=whole("[0, inf)"), default=4, help="pixels, of images up to 64x64")
-    add("--crop-scale", type=real("[0, 1]"), default=0.08, help="least area, of larger images")
-    add("--flip", type=real("[0, 1]"), default=0.5, help="chance of a mirror image")
-    add("--start-size", type=whole("[0, inf)"), default=0, metavar="N",
-        help="train on images shrunk to this side during the first --start-share of the run")
-    add("--start-share", type=real("[0, 1]"), default=0.5, metavar="X",
-        help="share of the epochs at --start-size")
-    add("--rand-augment", type=real("[0, 10]"), default=9, help="strength, up to 10")
-    add("--random-erase", type=real("[0, 1]"), default=0.25, help="chance of an erased rectangle")
-    add("--mixup", type=real("[0, inf)"), default=0.8, help="alpha")
-    add("--cutmix", type=real("[0, inf)"), default=1.0, help="alpha")
-    add("--mix-prob", type=real("[0, 1]"), default=1.0, help="chance that a batch is mixed")
-    add("--mix-off-epochs", type=whole("[0, inf)"), metavar="N", help="last, unmixed; default 1/10")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("model").add_argument
-    add("--variant", "--model", choices=convnext.VARIANTS, default="tiny", metavar="NAME",
-        help=f"size: {', '.join(convnext.VARIANTS)}; by default that of --init-from")
-    # 2 and 0.1 where the paper has 4 and 1e-6: both learn faster here, README.md has the tables
-    add("--patch-size", type=int, choices=(1, 2, 4), default=2, help="stride of the stem")
-    add("--drop-path", type=real("[0, 1)"), default=0.1, help="stochastic depth, at the last block")
-    add("--layer-scale", type=real("[0, inf)"), metavar="X",
-        help="initial value; 0: none; default 0.1, V2: none")
-    add("--init", choices=("paper", "fan-in"), default="paper",
-        help="initial weights. paper: standard deviation 0.02 everywhere; fan-in: larger for "
-        "narrow layers, so that each keeps the size of what it is given")
-    add("--head-init-scale", type=real("[0, inf)"), default=1.0, metavar="X",
-        help="factor on the classifier's first weights")
-    group = parser.add_argument_group("weights")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--init-from", type=not_empty, metavar="SOURCE",
-        help="begin with these: a file, an https address, timm:NAME or hf:REPO; in the layout of "
-        "Meta, timm, torchvision, Hugging Face or this program; averaged weights if there are any")
-    add("--resume", type=not_empty, metavar="LAST.PT", help="continue this run, with its arguments")
-    add("--eval-only", type=not_empty, metavar="SOURCE",
-        help="measure last.pt, best.pt, weights.safetensors, or whatever --init-from takes")
-    add = group.add_argument
-    add("--override", action="store_true", help="let --resume change arguments")
-    add("--freeze-backbone", action="store_true", help="train the classifier alone")
-    add("--teacher", type=not_empty, metavar="SOURCE",
-        help="learn from this network's answers, too (distillation)")
-    add("--distill-alpha", type=real("[0, 1]"), metavar="A",
-        help="the teacher's share of the loss; default 0.5")
-    add("--distill-temperature", type=real("(0, inf)"), metavar="T",
-        help="softens the answers; default 2")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="python train.py [--option value ...]; --help lists the options",
-        description=__doc__.partition("\n")[0],
-        formatter_class=HelpFormatter, allow_abbrev=False)  # --mix must not pass for --mixup
-    add_data_arguments(parser)
-    add_model_arguments(parser)
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--recipe", choices=("scratch", "finetune", "fast"), default="scratch",
-        help="other defaults. finetune: for --init-from (V1's table 6, and for V2, too); fast: "
-        "for a small network on two CPU cores")
-    add("--optimizer", choices=("adamw", "muon"), default="adamw",
-        help="muon: for the matrices of the blocks, AdamW for everything else")
-    add("--muon-lr", type=real("(0, inf)"), default=0.02, metavar="X",
-        help="highest learning rate of the matrices that Muon trains")
-    add("--beta2", type=real("[0, 1)"), default=0.999, metavar="B",
-        help="AdamW's decay rate for the average of squared gradients")
-    add("--schedule", choices=("cosine", "linear"), default="cosine",
-        help="how the learning rate falls after the warmup")
-    add("--epochs", type=whole("[1, inf)"), default=100, help="passes over the data")
-    add("--batch-size", "-b", type=whole("[1, inf)"), default=128, help="images a step")
-    add("--accumulate", type=whole("[1, inf)"), default=1, help="parts of a batch, to save memory")
-    add("--lr", type=real("(0, inf)"), default=1e-3, help="highest learning rate")
-    add("--min-lr", type=real("[0, inf)"), default=1e-6, help="last learning rate")
-    add("--layer-decay", type=real("(0, 1]"), default=1.0, metavar="X",
-        help="factor on the learning rate from each layer to the one before")
-    add("--warmup-epochs", type=real("[0, inf)"), metavar="N", help="default 1/20 of the run")
-    add("--weight-decay", "--wd", type=real("[0, inf)"), default=0.05,
-        help="of convolutions and linear layers")
-    add("--label-smoothing", type=real("[0, 1)"), default=0.1, help="share for all classes alike")
-    add("--clip-grad", type=real("[0, inf)"), default=0.0, help="largest gradient norm; 0: any")
-    add("--ema-horizon", type=real("[0, 1)"), default=0.04,
-        help="share of the run that the average of the weights looks back over; 0: no average")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="autocast")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add = parser.add_argument_group("run").add_argument
-    add("--device", default="auto", help="cuda, mps, cpu")
-    add("--seed", type=whole("[0, 4294967295]"), default=0, help="of all that is random")
-    add("--eval-every", type=whole("[1, inf)"), default=1, metavar="N",
-        help="epochs, and after the last")
-    add("--tta", action="store_true",
-        help="also report the mean of the logits of each test image and its mirror image")
-    add("--output", metavar="DIR", help="run folder; default runs/<time>-<variant>")
-    return parser
-
-
-def finetune_recipe(args: argparse.Namespace) -> dict[str, Any]:
-    """The paper's table 6: from ImageNet-22K to ImageNet-1K. Each flag given by hand wins.
-
-    V2 has tables of its own, one for each size; here it gets what V1 does.
-    """
-    scale = args.batch_size / 512
-    name = args.variant.removeprefix("v2_")
-    # none for T, nor for what is smaller; the paper has no Huge
-    drop_path = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.4}.get(name, 0.0)
+def finetune(variant: str, batch_size: int) -> dict[str, Any]:
+    """From ImageNet-22K to ImageNet-1K (the paper's table 6); V2 gets the values of V1."""
+    size, scale = variant.removeprefix("v2_"), batch_size / 512
+    rates = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.4}  # huge: a guess
     return {
         "epochs": 30, "lr": 5e-5 * scale, "min_lr": 1e-6 * scale, "warmup_epochs": 0.0,
         "weight_decay": 1e-8, "layer_decay": 0.8, "rand_augment": 9.0, "mixup": 0.0, "cutmix": 0.0,
         "random_erase": 0.25, "label_smoothing": 0.1, "clip_grad": 0.0, "head_init_scale": 0.001,
-        "drop_path": drop_path,
-        # 0.9999 in the paper's 75,000 steps, for XL only: 10,000 of them are 13 %.
-        "ema_horizon": 0.13 if name == "xlarge" else 0.0}
-
-
-def fast_recipe() -> dict[str, Any]:
-    return {
-        "variant": "atto", "patch_size": 1, "layer_scale": 0.0, "init": "fan-in",
-        "drop_path": 0.0, "optimizer": "muon", "lr": 3e-3, "muon_lr": 0.02, "beta2": 0.95,
-        "min_lr": 0.0, "weight_decay": 0.02, "schedule": "linear", "batch_size": 256, "epochs": 40,
-        "label_smoothing": 0.1, "crop_padding": 4, "rand_augment": 5.0, "random_erase": 0.25,
-        "mix_prob": 0.0, "ema_horizon": 0.0, "start_size": 24, "start_share": 0.5, "tta": True}
-
-
-def refuse_changes(parser: argparse.ArgumentParser, args: argparse.Namespace,
-                   saved: dict) -> None:
-    """A checkpoint keeps its arguments, but for those that leave its result the same."""
-    path, fixed = args.resume or args.eval_only, {"variant", "patch_size", "layer_scale"}
-    if args.eval_only:  # the network alone matters
-        saved = {k: v for k, v in saved.items() if k in fixed}
-    fixed |= {"dataset", "img_size", "val_size", "skip_bad", "batch_size", "ema_horizon", "output",
-              "recipe", "init_from", "freeze_backbone", "layer_decay"}
-    changed = [k for k, v in saved.items()
-               if getattr(args, k) != v and k not in ("data_dir", "device", "workers")]
-    table = "".join(f"\n  --{k.replace('_', '-')}: was {saved[k]}, now {getattr(args, k)}"
-                    for k in changed)
-    if unchangeable := sorted(fixed & set(changed)):
-        parser.error(f"{path} cannot go on with another "
-                     f"--{', --'.join(unchangeable).replace('_', '-')}:{table}")
-    if changed and not args.override:
-        parser.error(f"{path} has other arguments; leave these out or add --override:{table}")
-    if changed:
-        say(f"note: --override of {len(changed)} arguments:{table}", sys.stderr)
-
-
-def parse_args(argv: list[str]) -> tuple[
-        argparse.Namespace, dict | None, convnext.Weights | None]:
-    """The command line -> the arguments, the checkpoint and the first weights they name, if any."""
-    # the authors write --drop_path
-    argv = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    parser = make_parser()
-    args, checkpoint, weights = parser.parse_args(argv), None, None
-    if args.eval_only and (args.teacher or args.freeze_backbone or args.recipe != "scratch"):
-        parser.error("--eval-only trains nothing: no --teacher, --freeze-backbone or --recipe")
-    if path := args.resume or args.eval_only:
-        checkpoint = read_checkpoint(path, any_layout=bool(args.eval_only))
-        saved = {k: v for k, v in (vars(parser.parse_args([])) | checkpoint["args"]).items()
-                 if k not in ("resume", "override", "eval_only")}  # older files lack newer ones
-        parser.set_defaults(**saved)  # the command line still overrides them ...
-        args = parser.parse_args(argv)
-        refuse_changes(parser, args, saved)  # ... where that leaves it the same run
-        if args.resume and "optimizer" not in checkpoint:
-            parser.error("argument --resume: takes last.pt, not weights alone")
-        newer = Path(path).with_name("last.pt")
-        if args.resume and Path(path).name != "last.pt" and newer.exists() and not args.override:
-            parser.error(f"--resume {path} would replace {newer}: take that, or add --override")
-        args.output = str(Path(path).parent)
-    else:
-        if args.init_from:
-            weights = read_pretrained(args.init_from)
-            parser.set_defaults(**network_arguments(weights))
-        elif args.recipe == "finetune" or args.freeze_backbone:
-            parser.error("--recipe finetune and --freeze-backbone need weights: --init-from SOURCE")
-        args = parser.parse_args(argv)  # the recipe depends on the variant
-        if args.recipe == "finetune":
-            parser.set_defaults(**finetune_recipe(args))
-        if args.recipe == "fast":
-            parser.set_defaults(**fast_recipe())
-        if args.freeze_backbone:  # what does not learn needs no noise
-            parser.set_defaults(drop_path=0.0)
-        args = parser.parse_args(argv)
-    complete_arguments(parser, args)
-    if args.epochs < len((checkpoint or {}).get("history", [])):
-        parser.error("argument --epochs: must be no less than have been trained")
-    return args, checkpoint, weights
-
-
-def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Defaults that depend on other arguments, and the limits that do."""
-    if args.img_size != parser.get_default("img_size") and (
-            args.crop_pct == parser.get_default("crop_pct")):
-        args.crop_pct = None  # the weights' own, which is meant for their size of image
-    if args.layer_scale is None:
-        args.layer_scale = 0.0 if convnext.VARIANTS[args.variant].grn else 0.1
-    if args.warmup_epochs is None:
-        args.warmup_epochs = args.epochs / 20
-    if args.mix_off_epochs is None:
-        args.mix_off_epochs = args.epochs // 10
-    distill = (args.distill_alpha, args.distill_temperature)
-    if args.teacher:
-        args.distill_alpha, args.distill_temperature = (
-            default if given is None else given for given, default in zip(distill, (0.5, 2.0)))
-    elif distill != (None, None):
-        parser.error("--distill-alpha and --distill-temperature need a --teacher")
-    stride = 8 * args.patch_size  # of the whole network
-    for name, ok, allowed in (
-        ("--warmup-epochs", args.warmup_epochs < args.epochs, f"below --epochs, {args.epochs}"),
-        ("--min-lr", args.min_lr <= args.lr, f"up to --lr, {args.lr}"),
-        ("--accumulate", args.accumulate <= args.batch_size, f"up to {args.batch_size}, a batch"),
-        ("--img-size", args.img_size >= stride, f"{stride} or more at this --patch-size"),
-        ("--crop-padding", args.crop_padding < args.img_size, f"below {args.img_size}, the image"),
-    ):
-        if not ok:
-            parser.error(f"argument {name}: must be {allowed}")
-
-
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
-
-@contextlib.contextmanager
-def naming(source: str) -> Iterator[None]:
-    """What is wrong with weights -> a line that names their source."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {source}") from error
-    except (ConnectionError, ValueError, ModuleNotFoundError) as error:
-        text = str(error) if source in str(error) else f"{source}: {error}"
-        hint = "; or give the path of a file" if isinstance(error, ConnectionError) else ""
-        raise UserError(text + hint) from error
-
-
-def read_pretrained(source: str, content: Mapping | None = None) -> convnext.Weights:
-    """Whatever --init-from, --teacher or --eval-only name; published files are ImageNet's.
-
-    `content`: the file's, if it has been read.
-    """
-    with naming(source):
-        weights = convnext.read_weights(content or source)
-        convnext.infer_architecture(weights)  # refuses what is no variant
-    settings = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "classes": None, "args": {}}
-    return weights._replace(settings=settings | weights.settings)
-
-
-def network_arguments(weights: convnext.Weights) -> dict[str, Any]:
-    """The arguments that describe the network of these weights, and the images it was made for."""
-    network, settings = convnext.infer_architecture(weights), weights.settings
-    known = {"img_size": 224} | settings["args"] | settings
-    return {k: network[k] for k in ("variant", "patch_size", "layer_scale")} | {
-        k: known[k] for k in ("img_size", "crop_pct") if k in known}
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except Exception as error:  # each backend has its own way of not being there
-        raise UserError(f"--device {name} cannot be used on this machine; try cpu") from error
-    return device
-
-
-def pick_precision(amp: str, device: torch.device) -> torch.dtype:
-    """The type for matrix products and convolutions; the weights themselves stay in float32."""
-    if amp == "auto":  # bfloat16 where the hardware computes in it: elsewhere it is slower
-        if device.type == "cuda":
-            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        else:
-            native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-            amp = "bf16" if native else "off"
-    if amp == "fp16" and device.type != "cuda":
-        raise UserError(f"--amp fp16 needs a CUDA GPU, not {device.type}; take bf16 or off")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-
-
-# --- 2. Data ------------------------------------------------------------------------------------
-SMALL = 64  # up to this side images are kept in memory; larger ones are read as they are needed
-
-
-@dataclass
-class InMemory(Dataset):
-    """Images small enough to be decoded once and kept. Indexed by a whole batch at a time."""
-
-    images: Tensor  # (n, 3, h, w), bytes
-    labels: Tensor  # (n,)
-    classes: list[str]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.images[indices], self.labels[indices]
-
-
-def evaluation_cut(args: argparse.Namespace) -> T.Transform:
-    """A picture of any size -> a square of --img-size, as the authors cut for evaluation."""
-    side, bicubic = args.img_size, T.InterpolationMode.BICUBIC
-    if side >= 384 and not args.crop_pct:
-        return T.Resize((side, side), interpolation=bicubic)
-    share = 1 if side <= SMALL else args.crop_pct or 0.875  # 224 of 256
-    return T.Compose([T.Resize(int(side / share), interpolation=bicubic), T.CenterCrop(side)])
-
-
-class Pictures(Dataset):
-    """Pictures of any size and colour mode, read when they are needed; `cut` makes squares of them.
-
-    `samples` is a list of paths and labels, or a torchvision data set of pictures and labels.
-    `seed`, set for each epoch, is that of the random cuts: an image's follows from it and the
-    image alone, whichever worker cuts it.
-    """
-
-    seed = 0
-
-    def __init__(self, name: str, samples: list[tuple[str, int]] | Dataset, classes: list[str],
-                 args: argparse.Namespace) -> None:
-        self.name, self.samples, self.classes = name, samples, classes
-        self.cut = evaluation_cut(args)
-        if args.skip_bad:
-            self.skip_bad(args.workers)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        picture, label = self.read(index)
-        torch.manual_seed(self.seed - index)
-        return TF.pil_to_tensor(self.cut(picture)), label
-
-    def where(self, index: int) -> str:
-        by_path = isinstance(self.samples, list)
-        return self.samples[index][0] if by_path else f"number {index} of {self.name}"
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        try:
-            picture, label = self.samples[index]
-            if isinstance(picture, str):
-                picture = default_loader(picture)  # converts to RGB
-            return picture, label
-        except Exception as error:  # Pillow has many
-            raise UserError(f"cannot read the image {self.where(index)} ({error}); --skip-bad "
-                            "leaves such images out") from error
-
-    def skip_bad(self, threads: int) -> None:
-        """Read every image once, and leave out, with a count, those that cannot be read."""
-
-        def readable(index: int) -> bool:
-            with contextlib.suppress(UserError):
-                self.read(index)
-                return True
-            return False
-
-        with ThreadPool(max(1, threads)) as pool:
-            good = list(tqdm(pool.imap(readable, range(len(self))), f"checking {self.name}",
-                             len(self), disable=None, leave=False))
-        if bad := [self.where(i) for i, fine in enumerate(good) if not fine]:
-            say(f"note: {self.name}: left out {len(bad)} of {len(self)} images: "
-                f"{', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}", sys.stderr)
-            kept = [i for i, fine in enumerate(good) if fine]
-            by_path = isinstance(self.samples, list)
-            self.samples = [self.samples[i] for i in kept] if by_path else Subset(
-                self.samples, kept)
-
-
-def load_folder(args: argparse.Namespace, train: bool, classes: list[str] | None) -> Pictures:
-    """DIR/train or DIR/test/<class>/*.jpg etc.; `classes`, if given, are those of training.
-
-    A class is known by its name, not by its position.
-    """
-    place, parts = Path(args.data_dir), ("train",) if train else ("test", "val")
-    root = next((place / part for part in parts if (place / part).is_dir()), None)
-    if root is None:
-        raise UserError(f"--data-dir {place} has no {'/ or '.join(parts)}/; it must hold train/ "
-                        "and val/ or test/, each with a folder for each class")
-    found = sorted(entry.name for entry in os.scandir(root)
-                   if entry.is_dir() and not entry.name.startswith("."))
-    names = classes or found
-    if len(names) < 2:
-        raise UserError(f"{root} must have two class folders or more, not {len(found)}")
-    if unknown := sorted(set(found) - set(names)):
-        raise UserError(f"{root} has classes that training has not: {', '.join(unknown)}")
-    labels = {name: label for label, name in enumerate(names)}
-    samples = make_dataset(str(root), labels, IMG_EXTENSIONS, allow_empty=True)
-    data = Pictures(str(root), samples, names, args)
-    seen = {label for _, label in data.samples}
-    if missing := [name for name, label in labels.items() if label not in seen]:
-        message = f"{root} has no images of {', '.join(missing)}"
-        if not classes or not seen:
-            raise UserError(message)
-        say(f"note: {message}", sys.stderr)
-    return data
-
-
-OTHERWISE = {  # what to do where torchvision cannot load a data set
-    "cifar10": "Put cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html into "
-               "{}/, or use --dataset folder --data-dir DIR, or --dataset synthetic",
-    "cifar100": "Put cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html "
-                "into {}/",
-    "food101": "Remove {0}/food-101, if it is there, and put food-101.tar.gz from "
-               "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz into {0}/",
-    "imagenet": "Put ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and "
-                "ILSVRC2012_img_val.tar from https://image-net.org into {}/ (unpacking them takes "
-                "`pip install scipy`); or, if the images are in train/ and val/ with a folder for "
-                "each class, use --dataset folder",
-}
-
-
-def load_torchvision(args: argparse.Namespace, train: bool) -> Pictures | InMemory:
-    """One of torchvision's data sets, downloaded if that is allowed (not ImageNet's)."""
-    root, name = args.data_dir, args.dataset
-    sets = torchvision.datasets
-    try:
-        if name == "imagenet":
-            data = sets.ImageNet(root, "train" if train else "val")
-            return Pictures(name, data.samples, data.wnids, args)  # two classes are named "crane"
-        if name == "food101":
-            data = sets.Food101(root, "train" if train else "test", download=True)
-        else:  # their md5 sums are checked
-            data = (sets.CIFAR10 if name == "cifar10" else sets.CIFAR100)(
-                root, train, download=True)
-    except (OSError, RuntimeError, ModuleNotFoundError) as error:
-        raise UserError(f"{name} could not be loaded ({convnext.first_line(error)}). "
-                        f"{OTHERWISE[name].format(root)}") from error
-    if name.startswith("cifar") and args.img_size == 32:
-        images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
-        return InMemory(images, torch.tensor(data.targets), data.classes)
-    return Pictures(name, data, data.classes, args)
-
-
-SHAPES = {  # inside or outside, for u and v running from -1 to 1 across the shape
-    "disk": lambda u, v: u**2 + v**2 < 0.8,
-    "ring": lambda u, v: (u**2 + v**2 - 0.6).abs() < 0.25,
-    "square": lambda u, v: torch.maximum(u.abs(), v.abs()) < 0.8,
-    "frame": lambda u, v: (torch.maximum(u.abs(), v.abs()) - 0.75).abs() < 0.15,
-    "diamond": lambda u, v: u.abs() + v.abs() < 1,
-    "triangle": lambda u, v: (u.abs() * 2 - v < 0.9) & (v < 0.8),
-    "plus": lambda u, v: (torch.minimum(u.abs(), v.abs()) < 0.25) & (u.abs() + v.abs() < 1.2),
-    "cross": lambda u, v: ((u.abs() - v.abs()).abs() < 0.3) & (u.abs() < 0.9),
-    "rows": lambda u, v: (torch.sin(9 * v) > 0) & (u.abs() < 0.9) & (v.abs() < 0.9),
-    "columns": lambda u, v: (torch.sin(9 * u) > 0) & (u.abs() < 0.9) & (v.abs() < 0.9),
-}
-
-
-def draw_shapes(count: int, size: int, seed: int) -> InMemory:
-    """`count` noisy pictures of the ten shapes, at random places, sizes and colours."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(count, *shape, 1, 1, generator=generator)
-
-    axis = torch.linspace(-1, 1, size)
-    u = (rearrange(axis, "w -> 1 1 w") - uniform(-0.3, 0.3)) / uniform(0.4, 0.7)
-    v = (rearrange(axis, "h -> 1 h 1") - uniform(-0.3, 0.3)) / uniform(0.4, 0.7)
-    labels = torch.arange(count) % len(SHAPES)
-    inside = torch.stack([shape(*torch.broadcast_tensors(u[k :: len(SHAPES)], v[k :: len(SHAPES)]))
-                          for k, shape in enumerate(SHAPES.values())], 1)  # count: a multiple of 10
-    paper, ink = uniform(0, 0.4, 3), uniform(0.4, 0.6, 3)
-    images = paper + ink * rearrange(inside.float(), "n k h w -> (n k) 1 h w")
-    images += 0.08 * torch.randn(images.shape, generator=generator)
-    return InMemory((images.clamp(0, 1) * 255).byte(), labels, list(SHAPES))
-
-
-def load_split(args: argparse.Namespace, train: bool,
-               classes: list[str] | None = None) -> Dataset:
-    """The training or the test images, nothing about them random yet."""
-    if args.dataset == "synthetic":
-        return draw_shapes(5000 if train else 1000, args.img_size, seed=int(train))
-    if args.dataset == "folder":
-        data = load_folder(args, train, classes)
-    else:
-        data = load_torchvision(args, train)
-    if isinstance(data, InMemory) or args.img_size > SMALL:
-        return data
-    parts = list(tqdm(batches(data, 500, args.workers), f"reading {data.name}", unit="batch",
-                      total=math.ceil(len(data) / 500), disable=None, leave=False))
-    images, labels = (torch.cat(part) for part in zip(*parts))
-    return InMemory(images, labels, data.classes)
-
-
-def leave_group(_worker: int) -> None:
-    """Signals to the whole group, as Ctrl-C sends, are for the main process to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setsid"):  # not on Windows
-        os.setsid()
-
-
-def batches(data: Dataset, batch_size: int, workers: int, *, seed: int | None = None,
-            first: int = 0, pin: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in order; or, with a seed, one epoch of training, from batch number `first` on:
-    shuffled, and without a last incomplete batch, unless it is the only one. `pin`: in memory
-    that a GPU can read by itself."""
-    source = data.dataset if isinstance(data, Subset) else data
-    order = torch.arange(len(data))
-    if seed is not None:
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-        order = order[: max(1, len(data) // batch_size) * batch_size]
-        source.seed = seed
-    parts = [part.tolist() for part in order.split(batch_size)]
-    if isinstance(source, InMemory):
-        loader = DataLoader(data, batch_size=None, sampler=parts[first:], pin_memory=pin)
-    else:
-        loader = DataLoader(data, batch_sampler=parts[first:], num_workers=workers,
-                            worker_init_fn=leave_group, pin_memory=pin)
-    for batch in loader:
-        if received:
-            raise Stopped(received.pop())
-        yield batch
-
-
-def channel_statistics(data: Dataset, workers: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (3,) of pixels from 0 to 1; on disk, of 2,000 images or so."""
-    if not isinstance(data, InMemory):
-        data = Subset(data, range(0, len(data), max(1, len(data) // 2000)))
-    sums = [torch.cat([reduce(x / 255.0, "b c h w -> c", "mean"),
-                       reduce((x / 255.0) ** 2, "b c h w -> c", "mean")]).double() * len(x)
-            for x, _ in batches(data, 500, workers)]
-    mean, mean_square = (sum(sums) / len(data)).chunk(2)
-    std = (mean_square - mean**2).clamp(min=1e-6).sqrt()  # one colour only: no division by 0
-    return mean.float(), std.float()
-
-
-class Data(NamedTuple):
-    train: Dataset
-    val: Dataset | None  # held out of the training set, and not augmented; may choose best.pt
-    test: Dataset  # chooses nothing
-    classes: list[str]
-    mean: Tensor
-    std: Tensor
-
-
-def prepare_data(args: argparse.Namespace, device: torch.device,
-                 statistics: tuple[list, list] | None = None) -> Data:
-    """`statistics`: the mean and standard deviation to use instead of the training images' own."""
-    plain, val = load_split(args, train=True), None
-    train, classes = copy(plain), plain.classes
-    if isinstance(train, Pictures):  # images too large to be kept: crop at random while reading
-        train.cut = T.RandomResizedCrop(args.img_size, (args.crop_scale, 1),
-                                        interpolation=T.InterpolationMode.BICUBIC)
-    test = load_split(args, train=False, classes=classes)
-    if args.val_size:
-        if args.val_size >= len(train):
-            raise UserError(f"--val-size must be below the {len(train):,} training images")
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-        val = Subset(plain, order[: args.val_size])
-        train = Subset(train, order[args.val_size :])
-    mean, std = (map(torch.tensor, statistics) if statistics
-                 else channel_statistics(plain, args.workers))
-    return Data(train, val, test, classes, mean.to(device), std.to(device))
-
-
-# --- 3. Augmentation ----------------------------------------------------------------------------
-# All on whole batches, on the training device, and yet with draws of its own for every sample.
-# (torchvision's transforms, given a batch, draw once for all of it.) What selects samples is drawn
-# on the CPU, which would have to wait for a GPU's draws.
-
-
-def per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """(b,) -> (b, 1, 1, 1) on x's device, to be combined with x."""
-    return rearrange(values, "b -> b 1 1 1").to(x.device, non_blocking=True)
-
+        "drop_path": rates.get(size, 0.0),
+        # The paper: decay 0.9999, for XLarge only. Of its 75,000 steps 10,000 are 13 %.
+        "ema_horizon": 0.13 if size == "xlarge" else 0.0}
+
+# --- 2. Augmentation ----------------------------------------------------------------------------
+# Whole batches on the training device, with random numbers for each image (torchvision's transforms
+# draw once per batch). These are drawn on the CPU, which would have to wait for a GPU's.
 
 def crop_and_flip(x: Tensor, padding: int, flip: float) -> Tensor:
-    """Shift each image by up to `padding` pixels, reflecting its edge, and mirror some.
-
-    The same as padding by reflection, cropping at random and flipping, but done by working out
-    which pixel goes where, and gathering once. Bytes (b, c, h, w) -> bytes (b, c, h, w).
-    """
+    """Shift each image by up to `padding` pixels, reflecting its edge, and mirror some of them.
+    Computes which pixel goes where, and gathers once. Bytes (b, c, h, w) -> bytes (b, c, h, w)."""
     b, c, h, w = x.shape
-
-    def source(size: int) -> Tensor:  # (b, size): the row or column each pixel comes from
-        start = torch.randint(-padding, padding + 1, (b, 1))
-        index = (start + torch.arange(size)).abs()  # reflected at 0: -1 becomes 1
+    def source(size: int) -> Tensor:  # (b, size): the row or column that each pixel comes from
+        index = torch.randint(-padding, padding + 1, (b, 1)) + torch.arange(size)
+        index = index.abs()  # reflected at 0: -1 becomes 1
         return size - 1 - (size - 1 - index).abs()  # and at size - 1: size becomes size - 2
-
     rows, columns = source(h), source(w)
     columns = torch.where(torch.rand(b, 1) < flip, columns.flip(1), columns)
-    sample = rearrange(torch.arange(b), "b -> b 1 1 1")
-    channel = rearrange(torch.arange(c), "c -> 1 c 1 1")
-    rows, columns = rearrange(rows, "b h -> b 1 h 1"), rearrange(columns, "b w -> b 1 1 w")
-    return x[tuple(i.to(x.device, non_blocking=True) for i in (sample, channel, rows, columns))]
+    places = (rearrange(torch.arange(b), "b -> b 1 1 1"), rearrange(torch.arange(c), "c -> c 1 1"),
+              rearrange(rows, "b h -> b 1 h 1"), rearrange(columns, "b w -> b 1 1 w"))
+    return x[tuple(place.to(x.device, non_blocking=True) for place in places)]
 
+def random_erase(x: Tensor, chance: float) -> Tensor:
+    """Fill a random rectangle of some images with noise, in place (Zhong et al., 2017).
+    It covers 2 to 33 % of the image. x is normalised, so standard normal noise is as bright."""
+    erase = T.RandomErasing(1.0, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
+    for i in (torch.rand(len(x)) < chance).nonzero()[:, 0].tolist():
+        x[i] = erase(x[i])
+    return x
 
+def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Bring each channel to mean 0 and standard deviation 1 over the data set. (b, c, h, w)"""
+    return ((x - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")).contiguous(
+        memory_format=torch.channels_last)
+
+def augment(recipe: Recipe, data: "Data", x: Tensor, labels: Tensor, mix: bool,
+            size: int) -> tuple[Tensor, Tensor]:
+    """Bytes (b, 3, h, w) and labels (b,) -> what the network sees, and targets (b, classes).
+    mix: whether MixUp and CutMix are on. size: the side to shrink the images to."""
+    x = crop_and_flip(x, recipe.crop_padding if recipe.img_size <= SMALL else 0, recipe.flip)
+    x = x.float() / 255
+    if recipe.rand_augment:
+        x = rand_augment(x, recipe.rand_augment)
+    if size != recipe.img_size:
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+    x = normalize(x, data.mean, data.std)
+    if recipe.random_erase:
+        x = random_erase(x, recipe.random_erase)
+    mixes = [kind(alpha=alpha, num_classes=len(data.classes))
+             for kind, alpha in ((T.MixUp, recipe.mixup), (T.CutMix, recipe.cutmix)) if alpha]
+    if mix and mixes and torch.rand(()) < recipe.mix_prob:
+        return T.RandomChoice(mixes)(x, labels)
+    return x, F.one_hot(labels, len(data.classes)).float()
+
+# --- 3. Optimisation ----------------------------------------------------------------------------
+def lr_at(step: int, total: int, warmup: int, peak: float, floor: float,
+          schedule: str = "cosine") -> float:
+    """The learning rate of step 0 ... total - 1: up in a line, down in half a cosine or a line.
+    It depends on the step alone, so there is no scheduler whose state could be lost."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "linear":
+        return floor + (peak - floor) * (1 - (step - warmup) / max(1, total - warmup))
+    progress = (step - warmup) / max(1, total - 1 - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+def layer_number(name: str, depths: tuple[int, ...]) -> int:
+    """The layer of a parameter for layer-wise decay of the learning rate; the stem's is 0.
+    Three blocks of the third stage are a layer, each other stage is one with the Downsample before
+    it, and the head is the last, as in the authors' code for 27 blocks and for Tiny's 9."""
+    part, stage, block = (name + "..").split(".")[:3]
+    fourth_stage = 3 + math.ceil(depths[2] / 3)
+    if part == "head":
+        return fourth_stage + 1
+    return (int(part == "stages"), 2, 3 + int(block) // 3, fourth_stage)[int(stage)]
+
+def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
+                     layer_decay: float = 1.0, muon: bool = False) -> list[dict]:
+    """What trains, by optimiser, weight decay and `lr_scale`, the factor on the learning rate.
+    Only matrices and filters decay: norms, biases, LayerScale and GRN have one axis and do not."""
+    depths, groups = tuple(map(len, model.stages)), {}
+    head = layer_number("head", depths)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            about = {"muon": muon and ".pwconv" in name and p.ndim == 2,
+                     "weight_decay": weight_decay * (p.ndim >= 2),
+                     "lr_scale": layer_decay ** (head - layer_number(name, depths))}
+            groups.setdefault((*about.values(),), about | {"params": []})["params"].append(p)
+    return list(groups.values())
+
+def make_optimizers(model: convnext.ConvNeXt, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW; with --optimizer muon, Muon for the matrices of the blocks and AdamW for the rest.
+    Muon orthogonalises the step of a matrix, so that all directions are learned equally fast."""
+    r, parts = recipe, {True: [], False: []}
+    for group in parameter_groups(model, r.weight_decay, r.layer_decay, r.optimizer == "muon"):
+        group["lr_scale"] *= r.muon_lr / r.lr if group["muon"] else 1
+        parts[group["muon"]].append(group)
+    optimizers = [torch.optim.AdamW(parts[False], lr=r.lr, betas=(0.9, r.beta2), fused=True)]
+    return optimizers + [torch.optim.Muon(part, lr=r.muon_lr) for part in [parts[True]] if part]
+
+def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T²·KL(softmax(teacher / T) ‖ softmax(logits / T)), both (b, classes).
+    From Hinton et al., 2015. The teacher's small probabilities tell what a class resembles, and a
+    T above 1 raises them. The gradients fall with 1 / T², hence the factor."""
+    ours, theirs = ((x / temperature).log_softmax(1) for x in (logits, teacher))
+    return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
+def training_loss(recipe: Recipe, logits: Tensor, targets: Tensor,
+                  teacher: Tensor | None = None) -> Tensor:
+    """(1 - α)·CE(targets, logits) + α·T²·KL(teacher ‖ logits); without a teacher α is 0."""
+    loss, r = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing), recipe
+    return loss if teacher is None else torch.lerp(
+        loss, distillation_loss(logits, teacher.float(), r.distill_temperature), r.distill_alpha)
+
+# --- 4. Training --------------------------------------------------------------------------------
+CHECK_EVERY = 50  # steps; each check makes the CPU wait for the GPU
+
+def train_step(run: "Run", x: Tensor, y: Tensor) -> None:
+    """Update the weights once, from images (b, 3, h, w) and targets (b, classes)."""
+    recipe, warmup = run.recipe, round(run.steps * run.recipe.warmup_epochs)
+    lr = lr_at(run.step, run.total, warmup, recipe.lr, recipe.min_lr, recipe.schedule)
+    for xs, ys in zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate)):
+        with torch.autocast(run.device.type, run.precision, run.precision != torch.float32):
+            logits = run.model(xs)
+            answers = run.teacher(xs) if run.teacher else None
+        loss = training_loss(recipe, logits.float(), ys, answers) * (len(xs) / len(x))
+        run.scaler.scale(loss).backward()
+        run.sums["loss"] += loss.detach()
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+    if recipe.clip_grad:
+        nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_grad)
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)  # optimizer.step(), unless a gradient in float16 is infinite
+        optimizer.zero_grad()
+    run.scaler.update()
+    if run.ema:
+        run.ema.update_parameters(run.model)
+    run.step, run.sums["lr"] = run.step + 1, lr
+
+def train_epoch(run: "Run", progress: tqdm) -> dict[str, Any]:
+    """The rest of an epoch -> its row for metrics.csv; {} if a signal stops it before its end.
+    All random numbers follow from the seed and the epoch or step, so a resumed run draws the same.
+    (The large factors keep the steps, epochs and images of any two seeds apart.)"""
+    r, data, epoch, done = run.recipe, run.data, *divmod(run.step, run.steps)
+    if len(run.history) < epoch:  # only the evaluation is left to do
+        epoch, done = epoch - 1, run.steps
+    if not done:
+        run.sums = {"loss": torch.zeros((), device=run.device), "seconds": 0.0, "waiting": 0.0}
+    size = r.start_size if r.start_size and epoch < r.epochs * r.start_share else r.img_size
+    run.model.train()
+    ended = time.perf_counter()
+    for batch in batches(data.train, r.batch_size, r.workers, first=done,
+                         seed=-1_000_000_007 * r.seed - 10_000_019 * (epoch + 1)):
+        torch.manual_seed(1_000_000_007 * r.seed + run.step + 1)
+        images, labels = (part.to(run.device, non_blocking=True) for part in batch)
+        x, y = augment(r, data, images, labels, epoch < r.epochs - r.mix_off_epochs, size)
+        run.sums["waiting"] += time.perf_counter() - ended  # on a GPU, for the launches only
+        train_step(run, x, y)
+        progress.update()
+        if run.step % CHECK_EVERY == 0 or run.step % run.steps == 0:
+            check_finite(run)  # waits for the GPU, so that the time is right
+        run.sums["seconds"] += time.perf_counter() - ended
+        ended = time.perf_counter()
+        if run.stopped_by and run.step < (epoch + 1) * run.steps:
+            return {}
+    seconds, images = run.sums["seconds"], run.steps * min(r.batch_size, len(data.train))
+    return {"epoch": epoch + 1, "step": run.step, "train_loss": run.sums["loss"].item() / run.steps,
+            "lr": run.sums["lr"], "seconds": seconds, "images_per_s": images / seconds,
+            "data_share": run.sums["waiting"] / seconds}
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, images: "Images", mean: Tensor, std: Tensor, workers: int,
+             precision: torch.dtype, tta: bool = False,
+             stopped: Callable[[], Any] = lambda: False) -> dict[str, float]:
+    """Mean cross-entropy, and the shares (%) whose class is the likeliest, and among the five.
+    tta: average the logits of each image and its mirror image. Returns {} once it is stopped."""
+    model.eval()
+    total = torch.zeros(3, device=mean.device)
+    for batch in batches(images, 250, workers):
+        if stopped():
+            return {}
+        x, labels = (part.to(mean.device, non_blocking=True) for part in batch)
+        with torch.autocast(mean.device.type, precision, precision != torch.float32):
+            x = normalize(x / 255.0, mean, std)
+            logits = ((model(x) + model(x.flip(3))) / 2 if tta else model(x)).float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == rearrange(labels, "b -> b 1")
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        total += torch.stack([loss, 100 * hits[:, 0].sum(), 100 * hits.sum()])
+    return dict(zip(("loss", "top1", "top5"), (total / len(images)).tolist()))
+
+# --- 5. RandAugment -----------------------------------------------------------------------------
 def blend(x: Tensor, base: Tensor | float, amount: Tensor) -> Tensor:
     """Move x away from `base` (amount > 0) or towards it (amount < 0)."""
     return (x + amount * (x - base)).clamp(0, 1)
-
 
 def warp(x: Tensor, *rows: list[Tensor | float]) -> Tensor:
     """y(position) = x(rows · position), about the centre; grey where x has no pixel."""
@@ -745,34 +346,17 @@ def warp(x: Tensor, *rows: list[Tensor | float]) -> Tensor:
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
     return F.grid_sample(x - 0.5, grid, align_corners=False) + 0.5
 
-
-def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    cos, sin = angle.cos(), angle.sin()
-    return warp(x, [cos, -sin, 0], [sin, cos, 0])
-
-
-def sharpen(x: Tensor, amount: Tensor) -> Tensor:
-    kernel = torch.ones(3, 3, device=x.device) / 13
-    kernel[1, 1] *= 5
-    blurred = x.clone()  # the edge has no full neighbourhood and stays
-    blurred[:, :, 1:-1, 1:-1] = F.conv2d(x, repeat(kernel, "u v -> c 1 u v", c=3), groups=3)
-    return blend(x, blurred, amount)
-
-
-def keep_bits(x: Tensor, bits: Tensor) -> Tensor:
-    step = 2.0 ** (8 - bits)  # of the 8 bits of a pixel from 0 to 255
-    return ((x * 255).round() / step).floor() * step / 255
-
-
 # What the paper's "RandAugment (9, 0.5)" chooses from, with timm's ranges: at full strength 30
 # degrees, 45 % of the side, a colour factor of 1 ± 0.9, and so on. x: (b, 3, h, w) from 0 to 1.
-# m: (b, 1, 1, 1), the strength from -1 to 1; where there is only one direction its sign is ignored.
+# m: (b, 1, 1, 1), the strength from -1 to 1; operations with one direction ignore its sign.
 RAND_AUGMENT_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "auto_contrast": lambda x, m: TF.autocontrast(x),
     "equalize": lambda x, m: TF.equalize(x),
     "invert": lambda x, m: 1 - x,
-    "rotate": lambda x, m: rotate(x, math.radians(30) * m.flatten()),
-    "posterize": lambda x, m: keep_bits(x, 4 - (4 * m.abs()).int()),
+    "rotate": lambda x, m: warp(x, [(a := math.radians(30) * m.flatten()).cos(), -a.sin(), 0],
+                                [a.sin(), a.cos(), 0]),
+    "posterize": lambda x, m: (  # clears the lowest bits of a pixel, 4 to 8 of them
+        (x * 255).round() // (step := 2 ** (4 + (4 * m.abs()).int())) * step / 255),
     "solarize": lambda x, m: torch.where((x * 255).round() < 256 - (256 * m.abs()).int(), x, 1 - x),
     "solarize_add": lambda x, m: torch.where(
         (x * 255).round() < 128, (x + (110 * m.abs()).int() / 255).clamp(max=1), x),
@@ -780,185 +364,331 @@ RAND_AUGMENT_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "contrast": lambda x, m: blend(
         x, reduce(TF.rgb_to_grayscale(x), "b c h w -> b 1 1 1", "mean"), 0.9 * m),
     "brightness": lambda x, m: blend(x, 0, 0.9 * m),
-    "sharpness": lambda x, m: sharpen(x, 0.9 * m),
+    "sharpness": lambda x, m: blend(x, TF.adjust_sharpness(x, 0), 0.9 * m),
     "shear_x": lambda x, m: warp(x, [1, 0.3 * m.flatten(), 0], [0, 1, 0]),
     "shear_y": lambda x, m: warp(x, [1, 0, 0], [0.3 * m.flatten(), 1, 0]),
     "translate_x": lambda x, m: warp(x, [1, 0, 2 * 0.45 * m.flatten()], [0, 1, 0]),
-    "translate_y": lambda x, m: warp(x, [1, 0, 0], [0, 1, 2 * 0.45 * m.flatten()]),
-}
-
+    "translate_y": lambda x, m: warp(x, [1, 0, 0], [0, 1, 2 * 0.45 * m.flatten()])}
 
 def rand_augment(x: Tensor, level: float) -> Tensor:
     """RandAugment (Cubuk et al., 2019) as the paper means it: timm's rand-m9-mstd0.5-inc1.
-
-    Twice, each sample draws one of the fifteen operations and applies it with probability 1/2,
-    at a strength of N(level, 0.5) tenths of its largest. (torchvision's RandAugment of magnitude
-    9 is another thing: of 30, and always applied.) x: (b, 3, h, w) from 0 to 1.
-    """
+    Twice, each image draws one of the fifteen operations and applies it with probability 1/2, at a
+    strength of N(level, 0.5) tenths of its largest. (torchvision's magnitude of 9 means 9 of 30,
+    always applied.) x: (b, 3, h, w) from 0 to 1, changed in place."""
     for _ in range(2):
         choice = torch.randint(len(RAND_AUGMENT_OPS), (len(x),))
-        choice[torch.rand(len(x)) < 0.5] = -1  # leave these as they are
+        choice[torch.rand(len(x)) < 0.5] = -1  # no operation
         strength = (level + 0.5 * torch.randn(len(x))).clamp(0, 10) / 10
         strength = torch.where(torch.rand(len(x)) < 0.5, strength, -strength)
         for index, operation in enumerate(RAND_AUGMENT_OPS.values()):
             if len(chosen := (choice == index).nonzero()[:, 0]):
-                m = per_sample(strength[chosen], x)
+                m = rearrange(strength[chosen], "b -> b 1 1 1").to(x.device, non_blocking=True)
                 chosen = chosen.to(x.device, non_blocking=True)
                 x[chosen] = operation(x[chosen], m)
     return x
 
+# --- 6. Data ------------------------------------------------------------------------------------
+SMALL = 64  # images of up to this side are decoded once and kept in memory
+say = tqdm.write  # prints above the progress bar
 
-def random_erase(x: Tensor, chance: float) -> Tensor:
-    """Fill a random rectangle of some samples with noise, in place (Zhong et al., 2017).
+class UserError(Exception):
+    """A mistake or a failure that the user can mend. Its text is shown as one line."""
 
-    Its area is 2 to 33 % of the image, its sides differ by up to 3.3 times. x is normalised, so
-    standard normal noise is as bright as an image.
-    """
-    chosen = (torch.rand(len(x)) < chance).nonzero()[:, 0]
-    n, h, w = len(chosen), *x.shape[2:]
-    index = chosen.to(x.device, non_blocking=True)
-    area = torch.empty(n).uniform_(0.02, 1 / 3) * h * w
-    aspect = torch.empty(n).uniform_(math.log(0.3), math.log(1 / 0.3)).exp()
-    height = (area * aspect).sqrt().round().clamp(1, h)
-    width = (area / aspect).sqrt().round().clamp(1, w)
-    top = (torch.rand(n) * (h - height + 1)).floor()
-    left = (torch.rand(n) * (w - width + 1)).floor()
-    top, left, height, width = (per_sample(v, x) for v in (top, left, height, width))
-    row = rearrange(torch.arange(h, device=x.device), "h -> 1 1 h 1")
-    column = rearrange(torch.arange(w, device=x.device), "w -> 1 1 1 w")
-    erased = ((row >= top) & (row < top + height)) & ((column >= left) & (column < left + width))
-    x[index] = torch.where(erased, torch.randn_like(x[index]), x[index])
-    return x
+def reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
+def some(names: list, most: int = 4) -> str:
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
-def mixup(x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Blend each sample and its label with the one before it (Zhang et al., 2018).
+@dataclass
+class Images(Dataset):
+    """Images and their classes. A list of numbers selects a batch: (b, 3, h, w), labels (b,)."""
+    images: Tensor | list  # bytes (n, 3, h, w); or paths or arrays (h, w, 3), read when needed
+    labels: Tensor  # (n,)
+    classes: list[str]
+    cut: Callable[[Image.Image], Image.Image] | None = None  # makes squares of what is read
+    seed: int = 0  # of random cuts; an image's follows from it and the image's number alone
 
-        x' = λ·x + (1 - λ)·x_before,   y' = λ·y + (1 - λ)·y_before,   λ ~ Beta(α, α)
-    """
-    lam = torch.distributions.Beta(alpha, alpha).sample().item()
-    return torch.lerp(x.roll(1, 0), x, lam), torch.lerp(y.roll(1, 0), y, lam)
+    def __len__(self) -> int:
+        return len(self.labels)
 
+    def __getitem__(self, numbers: list[int]) -> tuple[Tensor, Tensor] | UserError:
+        if not self.cut:
+            return self.images[numbers], self.labels[numbers]
+        squares = []
+        for number in numbers:
+            try:
+                picture = as_shown(self.images[number])
+            except Exception as error:  # noqa: BLE001, `batches` raises it, without a traceback
+                return UserError(f"cannot read the image {self.images[number]} ({reason(error)}); "
+                                 "--skip-bad leaves such images out")
+            torch.manual_seed(self.seed - number)  # torchvision's transforms take no generator
+            squares.append(TF.pil_to_tensor(self.cut(picture)))
+        return torch.stack(squares), self.labels[numbers]
 
-def cutmix(x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Paste a rectangle of the sample before into each; labels by area (Yun et al., 2019).
+    def part(self, numbers: list[int]) -> "Images":
+        images = [self.images[i] for i in numbers] if self.cut else self.images[numbers]
+        return replace(self, images=images, labels=self.labels[numbers])
 
-    The rectangle has 1 - λ of the area, λ ~ Beta(α, α), and is cut off at the image's edge.
-    """
-    _, _, h, w = x.shape
-    half = 0.5 * math.sqrt(1 - torch.distributions.Beta(alpha, alpha).sample().item())
-    cx, cy = torch.randint(w, ()).item(), torch.randint(h, ()).item()
-    left, right = max(cx - int(half * w), 0), min(cx + int(half * w), w)
-    top, bottom = max(cy - int(half * h), 0), min(cy + int(half * h), h)
-    x = x.clone()
-    x[:, :, top:bottom, left:right] = x.roll(1, 0)[:, :, top:bottom, left:right]
-    lam = 1 - (right - left) * (bottom - top) / (h * w)
-    return x, torch.lerp(y.roll(1, 0), y, lam)
+def as_shown(item: str | np.ndarray) -> Image.Image:
+    """A picture as a viewer shows it, in RGB: upright, 16 bits scaled to 8, on a white ground."""
+    picture = Image.open(item) if isinstance(item, str) else Image.fromarray(item)
+    if picture.mode.startswith("I;16") or picture.mode == "I" and picture.format in ("PNG", "PPM"):
+        picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError("which of its 32-bit values is white is unknown: convert it to 16 bits")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
+def find_images(root: Path) -> dict[str, list[str]]:
+    """The sub-folders of a folder, which are the classes -> the paths of all images below each.
+    A note counts what is left out: what is hidden or other programs' (@eaDir), what Pillow does not
+    know by its extension, and links to folders below a class, which may lead to other classes or in
+    circles. Raises UserError for a folder that cannot be read."""
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {error.filename} ({error.strerror})")
+    Image.init()
+    known = {ext for ext, form in Image.registered_extensions().items() if form in Image.OPEN}
+    found, left_out = {}, Counter()
+    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        name = os.path.relpath(place, root).split(os.sep)[0]
+        odd = [folder for folder in folders if folder.startswith((".", "@", "#", "__MACOSX"))
+               or name != "." and os.path.islink(os.path.join(place, folder))]
+        folders[:] = sorted({*folders} - {*odd})  # which os.walk enters
+        suffixes = {file: os.path.splitext(file)[1].lower() for file in sorted(files)}
+        fine = [] if name == "." else [
+            file for file, suffix in suffixes.items() if suffix in known and file[0] != "."]
+        left_out.update(odd + [f"*{suffixes[file]}" for file in {*files} - {*fine}])
+        found.setdefault(name, []).extend(os.path.join(place, file) for file in fine)
+    if counts := [f"{count} {what}" for what, count in left_out.most_common()]:
+        say(f"note: {root}: left out what is no image of a class: {some(counts, 9)}", sys.stderr)
+    return {name: found[name] for name in sorted(found) if name != "."}
 
-def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Each channel to mean 0 and standard deviation 1 over the data set. (b, c, h, w)"""
-    return ((x - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")).contiguous(
-        memory_format=torch.channels_last)
+def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Images:
+    """The images in DIR/train, or DIR/test or DIR/val. `classes` are those to expect, in order."""
+    parts = ("train",) if train else ("test", "val")
+    places = [Path(recipe.data_dir, part) for part in parts if Path(recipe.data_dir, part).is_dir()]
+    if not places:
+        raise UserError(f"--data-dir {recipe.data_dir} has no folder {' or '.join(parts)}")
+    found = find_images(places[0])
+    classes = classes or [*found]
+    missing, unknown = ([name for name in a if not b.get(name)]
+                        for a, b in ((classes, found), (found, dict.fromkeys(classes, True))))
+    if unknown or missing and train or len(found) < 2:
+        raise UserError(f"{places[0]} must have images of the classes of training, two or more; "
+                        f"missing: {some(missing)}; unknown: {some(unknown)}")
+    if missing:
+        say(f"note: {places[0]} has no images of {some(missing)}", sys.stderr)
+    labels = [i for i, name in enumerate(classes) for _ in found.get(name, [])]
+    return Images([path for name in classes for path in found.get(name, [])],
+                  torch.tensor(labels), classes)
 
+def load_torchvision(recipe: Recipe, train: bool) -> Images:
+    """A data set of torchvision, downloaded if need be; ImageNet cannot be."""
+    root, name, split = recipe.data_dir, recipe.dataset, "train" if train else "test"
+    try:
+        if name == "imagenet":  # by identifiers, since two classes have the name "crane"
+            data = torchvision.datasets.ImageNet(root, split.replace("test", "val"))
+            return Images([*dict(data.samples)], torch.tensor(data.targets), data.wnids)
+        if name == "food101":
+            data = torchvision.datasets.Food101(root, split, download=True)
+            return Images([*map(str, data._image_files)], torch.tensor(data._labels), data.classes)
+        data = getattr(torchvision.datasets, name.upper())(root, train, download=True)
+        return Images([*data.data], torch.tensor(data.targets), data.classes)
+    except (OSError, RuntimeError, ImportError) as error:
+        raise UserError(f"{name} could not be loaded ({reason(error)}). README.md says which file "
+                        f"{root}/ lacks; or use --dataset folder or synthetic") from error
 
-def augment(args: argparse.Namespace, data: Data, x: Tensor, labels: Tensor,
-            mix: bool, size: int = 0) -> tuple[Tensor, Tensor]:
-    """Bytes (b, 3, h, w) and labels (b,) -> what the network sees, and targets (b, classes)."""
-    x = crop_and_flip(x, args.crop_padding if args.img_size <= SMALL else 0, args.flip)
-    x = x.float() / 255
-    if args.rand_augment:
-        x = rand_augment(x, args.rand_augment)
-    if size and size != args.img_size:
-        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    x = normalize(x, data.mean, data.std)
-    if args.random_erase:
-        x = random_erase(x, args.random_erase)
-    y = F.one_hot(labels, len(data.classes)).float()
-    kinds = [(f, alpha) for f, alpha in ((mixup, args.mixup), (cutmix, args.cutmix)) if alpha]
-    if mix and kinds and torch.rand(()) < args.mix_prob:
-        kind, alpha = kinds[int(torch.randint(len(kinds), ()))]
-        x, y = kind(x, y, alpha)
-    return x, y
+SHAPES = {"star": 0.6, "diamond": 1, "disk": 2, "square": 9}  # exponents p: |u|^p + |v|^p < 1
 
+def draw_shapes(count: int, size: int, seed: int) -> Images:
+    """Noisy pictures of the four shapes, full or hollow, at random places, sizes and colours."""
+    generator = torch.Generator().manual_seed(seed)
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, 1, 1, generator=generator)
+    labels = torch.arange(count) % (2 * len(SHAPES))
+    power = rearrange(torch.tensor([*SHAPES.values()])[labels // 2], "n -> n 1 1")
+    axis = torch.linspace(-1, 1, size)
+    u = (axis - uniform(-0.3, 0.3)).abs() / uniform(0.4, 0.7)
+    v = (rearrange(axis, "h -> h 1") - uniform(-0.3, 0.3)).abs() / uniform(0.4, 0.7)
+    distance = (u**power + v**power) ** (1 / power)
+    inside = (distance < 1) & (distance > 0.6 * rearrange(labels % 2, "n -> n 1 1"))
+    images = uniform(0, 0.4, 3) + uniform(0.4, 0.6, 3) * rearrange(inside, "n h w -> n 1 h w")
+    images += 0.08 * torch.randn(images.shape, generator=generator)
+    return Images((images.clamp(0, 1) * 255).byte(), labels,
+                  [f"{kind} {name}" for name in SHAPES for kind in ("full", "hollow")])
 
-# --- 4. Optimisation ----------------------------------------------------------------------------
+def evaluation_cut(size: int, crop_pct: float | None) -> T.Transform:
+    """Make a square of this side from a picture of any size, as the authors do for evaluation."""
+    bicubic = T.InterpolationMode.BICUBIC
+    if size >= 384 and crop_pct is None:
+        return T.Resize((size, size), interpolation=bicubic)
+    share = 1 if size <= SMALL else crop_pct or 0.875  # 224 of 256
+    return T.Compose([T.Resize(int(size / share), interpolation=bicubic), T.CenterCrop(size)])
 
+def load_split(recipe: Recipe, train: bool, classes: list[str] | None = None) -> Images:
+    """The training or the test images, as they are evaluated. classes: in this order, if known."""
+    if recipe.dataset == "synthetic":
+        return draw_shapes(5000 if train else 1000, recipe.img_size, seed=int(train))
+    data = load_folder(recipe, train, classes) if recipe.dataset == "folder" else (
+        load_torchvision(recipe, train))
+    data.cut = evaluation_cut(recipe.img_size, recipe.crop_pct)
+    if recipe.skip_bad:
+        numbers = tqdm(range(len(data)), "checking images", disable=None, leave=False)
+        bad = {i: data.images[i] for i in numbers if isinstance(data[[i]], UserError)}
+        say(f"note: {len(bad)} images cannot be read: {some([*bad.values()])}", sys.stderr)
+        data = data.part([i for i in range(len(data)) if i not in bad])
+    if recipe.img_size > SMALL:
+        return data
+    parts = tqdm(batches(data, 500, recipe.workers), "reading images", disable=None, leave=False)
+    return replace(data, images=torch.cat([images for images, _ in parts]), cut=None)
 
-def layer_number(name: str, depths: tuple[int, ...]) -> int:
-    """Where a parameter stands for layer-wise learning rate decay: 0 for the stem, and so on.
+def leave_group(_worker: int) -> None:
+    """Keep signals to the whole group, such as Ctrl-C, from a process that reads images."""
+    getattr(os, "setsid", lambda: None)()  # Windows has none
 
-    Three blocks of the long third stage count as one layer, and each of the other stages, with the
-    Downsample before it, as one; the head comes last. With 27 blocks there, or Tiny's 9, these are
-    the groups of the authors' classification and detection code (optim_factory.py and
-    layer_decay_optimizer_constructor.py).
-    """
-    last = 3 + math.ceil(depths[2] / 3)  # the fourth stage
-    if name.startswith("head."):
-        return last + 1
-    part, stage, block = name.split(".")[:3]
-    if part == "downsample_layers":
-        return (0, 2, 3, last)[int(stage)]
-    return (1, 2, 3 + int(block) // 3, last)[int(stage)]
+def batches(data: Images, batch_size: int, workers: int, *, seed: int | None = None,
+            first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in order; or, with a seed, an epoch of training from batch number `first` on.
+    An epoch is shuffled and has no incomplete batch, unless that is the only one."""
+    order = torch.arange(len(data))
+    if seed is not None:
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        order = order[: max(1, len(data) // batch_size) * batch_size]
+    for batch in DataLoader(
+            replace(data, seed=seed or 0), batch_size=None, worker_init_fn=leave_group,
+            sampler=[part.tolist() for part in order.split(batch_size)][first:],
+            num_workers=workers if data.cut else 0, pin_memory=torch.cuda.is_available()):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
+def channel_statistics(data: Images, workers: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (3,) of pixels from 0 to 1; of large images, of about 2,000."""
+    data = data.part(range(0, len(data), max(1, len(data) // 2000))) if data.cut else data
+    sums = [torch.cat([reduce(x / 255.0, "b c h w -> c", "mean"),
+                       reduce((x / 255.0) ** 2, "b c h w -> c", "mean")]).double() * len(x)
+            for x, _ in batches(data, 500, workers)]
+    mean, mean_square = (sum(sums) / len(data)).chunk(2)
+    std = (mean_square - mean**2).clamp(min=1e-6).sqrt()  # with a single colour: no division by 0
+    return mean.float(), std.float()
 
-def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
-                     layer_decay: float = 1.0) -> list[dict]:
-    """What trains, by weight decay and by `lr_scale`, the factor on its learning rate.
+def fingerprint(data: Images, root: str) -> str:
+    """A hash of the images' classes and order, and of their pixels or, above 64x64, file names."""
+    digest = hashlib.sha256(json.dumps([data.classes, data.labels.tolist()]).encode())
+    for image in data.images:
+        digest.update(os.fsencode(os.path.relpath(image, root)) if isinstance(image, str)
+                      else np.ascontiguousarray(image))
+    return digest.hexdigest()
 
-    Only matrices and filters decay: norms, biases, LayerScale and GRN have one axis and do not.
-    """
-    depths, groups = tuple(map(len, model.stages)), {}
-    last = layer_number("head.", depths)
-    for decays in (True, False):
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and (parameter.ndim >= 2) == decays:
-                lr_scale = layer_decay ** (last - layer_number(name, depths))
-                group = groups.setdefault((decays, lr_scale), {
-                    "params": [], "weight_decay": weight_decay * decays, "lr_scale": lr_scale})
-                group["params"].append(parameter)
-    return list(groups.values())
+class Data(NamedTuple):
+    train: Images
+    val: Images | None  # held out of the training images, not augmented; may choose best.pt
+    test: Images  # chooses nothing
+    classes: list[str]
+    mean: Tensor  # (3,), on the training device
+    std: Tensor
+    fingerprint: str  # of the training images, those held out included
 
+def prepare_data(recipe: Recipe, device: torch.device, source: "Source | None" = None) -> Data:
+    """Load all images. Their mean and standard deviation are the source's, if there is one."""
+    train, val = load_split(recipe, train=True), None
+    plain, test = train, load_split(recipe, train=False, classes=train.classes)
+    if train.cut:
+        train = replace(train, cut=T.RandomResizedCrop(
+            recipe.img_size, (recipe.crop_scale, 1), interpolation=T.InterpolationMode.BICUBIC))
+    if recipe.val_size >= len(plain):
+        raise UserError(f"--val-size must be below the {len(plain):,} training images")
+    if recipe.val_size:
+        order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
+        val, train = plain.part(order[: recipe.val_size]), train.part(order[recipe.val_size :])
+    mean, std = ((torch.tensor(source.images[name]) for name in ("mean", "std")) if source else
+                 channel_statistics(plain, recipe.workers))
+    return Data(train, val, test, plain.classes, mean.to(device), std.to(device),
+                fingerprint(plain, recipe.data_dir))
 
-class Optimizers:
-    """AdamW alone, or with Muon for the matrices of the blocks, behind one optimiser's methods."""
+# --- 7. Weights ---------------------------------------------------------------------------------
+MADE_BY = "train.py, format 2"  # marks this program's files
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "img_size": 224}
 
-    def __init__(self, model: nn.Module, args: argparse.Namespace) -> None:
-        groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-        self.parts: list[torch.optim.Optimizer] = []
-        if args.optimizer == "muon":
-            matrices = {p for n, p in model.named_parameters() if ".pwconv" in n and p.ndim == 2}
-            muon = [g | {"params": [p for p in g["params"] if p in matrices],
-                         "lr_scale": g["lr_scale"] * args.muon_lr / args.lr} for g in groups]
-            groups = [g | {"params": [p for p in g["params"] if p not in matrices]}
-                      for g in groups]
-            muon, groups = ([g for g in part if g["params"]] for part in (muon, groups))
-            self.parts.append(torch.optim.Muon(muon, lr=args.muon_lr))
-        self.parts.append(torch.optim.AdamW(
-            groups, lr=args.lr, betas=(0.9, args.beta2), fused=True))
+class Source(NamedTuple):
+    """What a file or a download holds."""
+    name: str
+    weights: convnext.Weights  # the average of the weights, where there is one
+    network: dict[str, Any]  # variant, patch_size, layer_scale, num_classes: from the weights
+    images: dict[str, Any]  # that the network expects: mean, std, img_size and perhaps crop_pct
+    notes: dict[str, Any]  # args, classes and more, if this program made the file
 
-    @property
-    def param_groups(self) -> list[dict]:
-        return [group for part in self.parts for group in part.param_groups]
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Turn what reading or fitting weights raises into one line that names their source."""
+    try:
+        yield
+    except Exception as error:
+        downloaded = source.startswith(convnext.DOWNLOADS)  # by clients with errors of their own
+        if not downloaded and not isinstance(error, OSError | ValueError | ImportError):
+            raise
+        missing = isinstance(error, FileNotFoundError)
+        raise UserError(f"{source}: {'no such file' if missing else reason(error)}") from error
 
-    def state_dict(self) -> list[dict]:
-        return [part.state_dict() for part in self.parts]
+def open_weights(source: str) -> Source:
+    """Read a file or a download of any layout. Raises UserError unless it holds a ConvNeXt.
+    Notes count only beside this program's mark: other programs give their names other meanings."""
+    with naming(source):
+        remote = source.startswith(convnext.DOWNLOADS)
+        path, images = convnext.download(source) if remote else (source, {})
+        content, metadata = convnext.read_file(path)
+        weights = convnext.read_weights(content)
+        network = convnext.infer_architecture(weights)
+        if network["in_channels"] != 3:
+            raise ValueError(f"its images have {network['in_channels']} channels, not 3")
+        notes = content if content.get("made_by") == MADE_BY else {}
+        if metadata.get("made_by") == MADE_BY:
+            notes = {k: json.loads(v) for k, v in metadata.items() if k != "made_by"}
+    images = images or {k: v for k, v in (notes.get("args", {}) | {**notes}).items()
+                        if k in {*IMAGENET, "crop_pct"}}
+    if not images:
+        say(f"note: {source} does not say what images it expects; assumed are 224x224 pixels and "
+            "ImageNet's mean and standard deviation", sys.stderr)
+    return Source(source, weights, network, IMAGENET | images, notes)
 
-    def load_state_dict(self, state: list[dict]) -> None:
-        for part, saved in zip(self.parts, state, strict=True):
-            part.load_state_dict(saved)
+def check_classes(source: Source, classes: list[str]) -> None:
+    """Refuse a classifier for other classes; say which are assumed if the source names none."""
+    known, count = source.notes.get("classes"), source.network["num_classes"]
+    if count != len(classes) or known not in (None, classes):
+        raise UserError(f"{source.name} has other classes or another order: {some(known or [])} "
+                        f"({count}), here {some(classes)} ({len(classes)})")
+    natural = sorted(classes, key=lambda name: [
+        int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())])
+    if not known:
+        say(f"note: {source.name} does not name its classes; assumed are {classes[0]} (0), "
+            f"{classes[1]} (1), ..., {classes[-1]} ({count - 1})" + (
+                f". WARNING: not in timm's order, {some(natural)}; with weights that are, all "
+                "results are wrong" if natural != classes == sorted(classes) else ""), sys.stderr)
 
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
+def load_teacher(source: Source, run: "Run") -> Callable[[Tensor], Tensor]:
+    """The source's network, as a function of images (b, 3, h, w) normalised for the student."""
+    check_classes(source, run.data.classes)
+    model = convnext.from_checkpoint(source.weights).requires_grad_(False)
+    model = model.to(run.device, memory_format=torch.channels_last)
+    if (run.recipe.start_size or run.recipe.img_size) < model.total_stride:
+        raise UserError(f"{source.name} takes images of {model.total_stride} or more pixels")
+    mean, std = (torch.tensor(source.images[name], device=run.device) for name in ("mean", "std"))
+    scale, shift = (rearrange(v, "c -> c 1 1")
+                    for v in (run.data.std / std, (run.data.mean - mean) / std))
+    return torch.no_grad()(lambda x: model(x * scale + shift))
 
-    def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad()
-
-
-@torch.no_grad()
+# --- 8. Run -------------------------------------------------------------------------------------
 def fan_in_init(model: convnext.ConvNeXt) -> None:
+    """Draw all weights but the classifier's with standard deviation 1 / sqrt(fan_in), in place.
+    With inputs of variance 1, a linear layer's outputs have the standard deviation of its weights
+    times sqrt(fan_in). The paper's 0.02 makes that 0.55 at 768 channels, 0.20 at 96, and 0.13 at
+    40. As two such layers follow each other, the branches of a narrow network begin almost switched
+    off, and have to be grown before they learn. Here it is 1 at every width. The last layer of
+    each branch is divided by sqrt(2 · blocks), so that the sum of all branches stays near 1."""
     blocks = sum(map(len, model.stages))
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and name != "head.fc":
@@ -967,566 +697,368 @@ def fan_in_init(model: convnext.ConvNeXt) -> None:
                 std /= (2 * blocks) ** 0.5
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
 
+def pick_device(name: str) -> torch.device:
+    try:
+        found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        return torch.empty(1, device=found if name == "auto" else name).device
+    except Exception as error:  # each backend raises its own
+        raise UserError(f"--device {name} cannot be used here ({reason(error)})") from error
 
-def lr_at(step: int, total: int, warmup: int, peak: float, floor: float,
-          schedule: str = "cosine") -> float:
-    """The learning rate of step 0 ... total - 1: a straight line up, then half a cosine down.
-
-    A function of the step alone, so there is no scheduler whose state could be lost.
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - 1 - warmup)
-    if schedule == "linear":
-        return floor + (peak - floor) * (1 - (step - warmup) / max(1, total - warmup))
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def make_ema(model: nn.Module, horizon: float, total: int) -> AveragedModel | None:
-    """An exponential moving average of the weights: ema += (weights - ema) / (horizon · total).
-
-    The horizon, how far back it looks, is a share of the run. The usual decay of 0.9999 looks
-    back 10,000 steps: in a run of 20,000 the average would still hold much of its beginning.
-    """
-    if not horizon:
-        return None
-    steps = max(1.0, horizon * total)
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps)).eval()
-
-
-def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T²·KL(softmax(teacher / T) ‖ softmax(logits / T)), both (b, classes).
-
-    From Hinton et al., 2015. The teacher's small probabilities say what a class looks like, too; a
-    T above 1 raises them. Gradients fall with 1 / T², hence the factor.
-    """
-    ours, theirs = ((x / temperature).log_softmax(1) for x in (logits, teacher))
-    return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-
-
-def training_loss(args: argparse.Namespace, logits: Tensor, targets: Tensor,
-                  teacher: Tensor | None = None) -> Tensor:
-    """(1 - α)·CE(targets, logits) + α·T²·KL(teacher ‖ logits); no teacher: α = 0."""
-    loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smoothing)
-    if teacher is None:
-        return loss
-    distance = distillation_loss(logits, teacher.float(), args.distill_temperature)
-    return torch.lerp(loss, distance, args.distill_alpha)
-
-
-def check_classes(source: str, known: list[str] | None, tensors: dict[str, Tensor],
-                  classes: list[str]) -> None:
-    """Refuse a classifier for other classes. Of published weights only the number is known."""
-    if known:
-        if known != classes:
-            order = ", in another order" if sorted(known) == sorted(classes) else ""
-            raise UserError(f"{source} was trained on other classes{order}: "
-                            f"{', '.join(known[:4])}, ... ({len(known)}), here "
-                            f"{', '.join(classes[:4])}, ... ({len(classes)})")
-    elif (count := len(tensors.get("head.fc.weight", ()))) != len(classes):
-        raise UserError(f"{source} has {f'{count} classes' if count else 'no classifier'}; here "
-                        f"are {len(classes)}: {', '.join(classes[:4])}, ...")
-
-
-def load_teacher(args: argparse.Namespace, data: Data) -> Callable[[Tensor], Tensor]:
-    """The network that --teacher names, as a function of normalised images (b, 3, h, w)."""
-    weights = read_pretrained(args.teacher)
-    device, settings = data.mean.device, weights.settings
-    with naming(args.teacher):
-        model = convnext.from_checkpoint(weights).requires_grad_(False).to(
-            device, memory_format=torch.channels_last)
-    check_classes(args.teacher, settings["classes"], weights.tensors, data.classes)
-    if args.img_size < model.total_stride or model.in_channels != 3:
-        raise UserError(f"--teacher {args.teacher} takes images of {model.total_stride} pixels or "
-                        f"more and {model.in_channels} channels")
-    mean, std = (torch.tensor(settings[name], device=device) for name in ("mean", "std"))
-    scale, shift = (rearrange(v, "c -> c 1 1") for v in (data.std / std, (data.mean - mean) / std))
-
-    @torch.no_grad()
-    def teacher(x: Tensor) -> Tensor:
-        return model(x * scale + shift)  # from our normalisation to its own
-    return teacher
-
-
-# --- 5. Evaluation ------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, images: Dataset, mean: Tensor, std: Tensor, workers: int,
-             precision: torch.dtype, tta: bool = False) -> dict[str, float]:
-    """Mean cross-entropy, and the share (%) whose class comes first, and among the first five."""
-    model.eval()
-    device, total = mean.device, torch.zeros(3, device=mean.device)
-    for x, labels in batches(images, 250, workers, pin=device.type == "cuda"):
-        x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with torch.autocast(device.type, precision, precision != torch.float32):
-            x = normalize(x / 255.0, mean, std)
-            logits = (model(x) + model(x.flip(3))) / 2 if tta else model(x)
-        logits = logits.float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == rearrange(labels, "b -> b 1")
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        total += torch.stack([loss, 100 * hits[:, 0].sum(), 100 * hits.sum()])
-    return dict(zip(("loss", "top1", "top5"), (total / len(images)).tolist()))
-
-
-# --- 6. The run ---------------------------------------------------------------------------------
-
-
-def build_model(args: argparse.Namespace, classes: int) -> convnext.ConvNeXt:
-    return convnext.create_convnext(
-        args.variant, num_classes=classes, patch_size=args.patch_size, drop_path=args.drop_path,
-        layer_scale=args.layer_scale, head_init_scale=args.head_init_scale)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc, Linux's C library, keep freed memory instead of returning it to the kernel.
-
-    Otherwise each step's activations go back, and the kernel hands the next step the same pages
-    anew, one by one and filled with zeros: a quarter of a step's time on a CPU.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD in malloc.h
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-
+def pick_precision(amp: str, device: torch.device) -> torch.dtype:
+    """The type for matrix products and convolutions; the weights themselves stay in float32."""
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto":  # where the hardware does not compute in bfloat16 it is slower
+        has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        amp = "bf16" if has_bf16 and device.type == "cpu" else "off"
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError(f"--amp fp16 needs a CUDA GPU, not {device.type}; take bf16 or off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
 
 class Run:
-    """All that a run consists of; `state` is the part that cannot be made anew."""
-
-    def __init__(self, args: argparse.Namespace, checkpoint: dict | None = None,
-                 weights: convnext.Weights | None = None) -> None:
-        device = pick_device(args.device)
-        self.args, self.folder = args, Path(args.output)
-        self.precision = pick_precision(args.amp, device)
-        origin = checkpoint or (weights.settings if weights else None)
-        self.data = prepare_data(args, device, origin and (origin["mean"], origin["std"]))
-        self.teacher = load_teacher(args, self.data) if args.teacher else None
-        self.steps = max(1, len(self.data.train) // args.batch_size)  # in an epoch
-        self.total = self.steps * args.epochs
-        self.step = 0  # of the run, the next one
-        self.history: list[dict] = []  # a row for each epoch; metrics.csv
-        self.so_far: dict[str, Any] = {}  # sums over the epoch that is going on
-        self.finite: dict[str, float] = {}  # what `check_finite` saw last
-        self.unwritten: dict[str, str] = {}  # files that could not be written, and why
-
-        keep_freed_memory()
-        torch.set_float32_matmul_precision("high")  # TensorFloat-32, on GPUs that have it
-        torch.backends.cudnn.benchmark = True  # few batch sizes: find the fastest kernels of each
-        torch.manual_seed(args.seed)
-        self.model = build_model(args, len(self.data.classes)).to(
-            device, memory_format=torch.channels_last)
-        if args.init == "fan-in":
+    """All that a training run consists of. `state` is what last.pt holds of it."""
+    def __init__(self, recipe: Recipe, source: Source | None = None, resume: bool = False) -> None:
+        self.recipe, self.folder = recipe, Path(recipe.output)
+        self.device = pick_device(recipe.device)
+        self.precision = pick_precision(recipe.amp, self.device)
+        self.data = prepare_data(recipe, self.device, source)
+        self.teacher = recipe.teacher and load_teacher(open_weights(recipe.teacher), self)
+        self.steps = max(1, len(self.data.train) // recipe.batch_size)  # per epoch
+        self.total = self.steps * recipe.epochs
+        self.step = 0  # the number of the next one
+        self.history: list[dict] = []  # a row per epoch, as in metrics.csv
+        self.sums: dict[str, Any] = {}  # over the present epoch: loss, seconds, waiting
+        self.stopped_by = 0  # the signal that ends the run after the present step
+        torch.manual_seed(recipe.seed)
+        self.model = convnext.create_convnext(
+            recipe.variant, num_classes=len(self.data.classes), patch_size=recipe.patch_size,
+            drop_path=recipe.drop_path, layer_scale=recipe.layer_scale,
+            head_init_scale=recipe.head_init_scale).to(memory_format=torch.channels_last)
+        if recipe.init == "fan-in":
             fan_in_init(self.model)
-        self.origin = self.initialise(weights) if weights else None
-        if args.freeze_backbone:
+        self.origin = self.load_initial(source) if source and not resume else ""
+        if recipe.freeze_backbone:
             self.model.requires_grad_(False).head.fc.requires_grad_(True)
-        self.ema = make_ema(self.model, args.ema_horizon, self.total)
-        self.optimizer = Optimizers(self.model, args)
-        # float16 alone has too small a range for gradients: they are scaled up, and back down
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        if checkpoint:
-            self.load_state(checkpoint)
-        if args.compile:
+        self.macs = convnext.count_macs(self.model, recipe.img_size)
+        if self.device.type == "cpu" and not recipe.compile:
+            self.model = convnext.speed_up(self.model)
+        self.model.to(self.device)
+        # ema += (weights - ema) / horizon. The horizon is a share of the run: the usual decay of
+        # 0.9999 looks back 10,000 steps, which is too far in a run of 20,000.
+        average = swa_utils.get_ema_multi_avg_fn(1 - 1 / max(1, recipe.ema_horizon * self.total))
+        self.ema = recipe.ema_horizon and swa_utils.AveragedModel(self.model, multi_avg_fn=average)
+        self.optimizers = make_optimizers(self.model, recipe)
+        # float16 alone has too small a range for gradients: they are scaled up, and back down.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.half)
+        if resume:
+            self.load_state(source.notes)
+        if recipe.compile:
             self.model.compile()  # in place: the names in the checkpoint stay as they are
 
-    def initialise(self, weights: convnext.Weights) -> convnext.Report:
-        """Begin with pretrained weights; without their classifier if it is for other classes."""
-        others = weights.settings["classes"] not in (None, self.data.classes)
-        if others:  # perhaps as many
-            weights = weights._replace(tensors={
-                k: v for k, v in weights.tensors.items() if not k.startswith("head.fc.")})
-        with naming(self.args.init_from), warnings.catch_warnings():
+    def load_initial(self, source: Source) -> str:
+        """Begin with the weights of a source, but without a classifier for other classes."""
+        tensors, classes = source.weights.tensors, self.data.classes
+        if (source.notes.get("classes", classes), source.network["num_classes"]) == (
+                classes, len(classes)):
+            check_classes(source, classes)
+        else:
+            tensors = {k: v for k, v in tensors.items() if not k.startswith("head.fc.")}
+        with naming(source.name), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `describe` prints the report
-            report = convnext.load_weights(self.model, weights)
-        if others:
-            report = report._replace(kept=[
-                f"{line.split()[0]} is for other classes there" if line.startswith("head.fc.")
-                else line for line in report.kept])
-        new = [line for line in report.kept if not line.startswith("head.")]
-        if self.args.freeze_backbone and new:
-            raise UserError(f"--freeze-backbone would leave untrained what does not come from "
-                            f"{self.args.init_from}: {', '.join(new)}")
-        return report
+            report = convnext.load_weights(self.model, source.weights._replace(tensors=tensors))
+        if self.recipe.freeze_backbone and any("head." not in line for line in report.kept):
+            raise UserError(f"--freeze-backbone would leave untrained: {some(report.kept)}")
+        return f"{source.name}: {report}"
 
-    @property
-    def lr(self) -> float:
-        warmup = round(self.steps * self.args.warmup_epochs)
-        return lr_at(self.step, self.total, warmup, self.args.lr, self.args.min_lr,
-                     self.args.schedule)
-
-    def measure(self, split: str) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """The accuracy of the weights, and of their average, as columns of metrics.csv."""
-        data, columns = self.data, {}
-        for prefix, model in ((split, self.model), (f"{split}_ema", self.ema)):
-            if model:
-                result = evaluate(model, getattr(data, split), data.mean, data.std,
-                                  self.args.workers, self.precision)
-                columns |= {f"{prefix}_{name}": value for name, value in result.items()}
-        return columns
+        data, split = self.data, "val" if self.data.val else "test"
+        models = {split: self.model} | ({f"{split}_ema": self.ema} if self.ema else {})
+        return {f"{prefix}_{name}": value for prefix, model in models.items() for name, value in
+                evaluate(model, data.val or data.test, data.mean, data.std, self.recipe.workers,
+                         self.precision, stopped=lambda: self.stopped_by).items()}
 
-    def state(self) -> dict:
-        """Plain data, which `torch.load(weights_only=True)` reads without running anything."""
+    def parts(self) -> dict[str, Any]:
+        """What has a state_dict, by its name in the checkpoint."""
+        parts = {"model": self.model, "scaler": self.scaler, "ema": self.ema} | {
+            type(optimizer).__name__: optimizer for optimizer in self.optimizers}
+        return {name: part for name, part in parts.items() if part}
+
+    def state(self) -> dict[str, Any]:
+        """Plain data, which `torch.load(weights_only=True)` reads without running any code."""
         return {
-            "args": vars(self.args), "steps": self.steps, "step": self.step,
-            "history": self.history, "so_far": self.so_far, "classes": self.data.classes,
+            "made_by": MADE_BY, "args": asdict(self.recipe), "classes": self.data.classes,
             "mean": self.data.mean.tolist(), "std": self.data.std.tolist(),
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema else None,
-            "scaler": self.scaler.state_dict()}
+            "fingerprint": self.data.fingerprint, "step": self.step, "history": self.history,
+            "sums": self.sums, **{name: part.state_dict() for name, part in self.parts().items()}}
 
-    def load_state(self, state: dict) -> None:
-        if (self.steps, self.data.classes) != (state["steps"], state["classes"]):
-            raise UserError(f"{self.args.resume} was trained on other images than these")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # a run in float16
-            self.scaler.load_state_dict(state["scaler"])
-        self.step, self.history, self.so_far = state["step"], state["history"], state["so_far"]
-        if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.fill_(self.step)  # at 0 the next update would not average but copy
-        if self.history:
-            self.finite["loss"] = self.history[-1]["train_loss"]
-        before, now = state["args"]["epochs"], self.args.epochs
-        if before != now and self.step < self.total:
-            lr = self.optimizer.param_groups[-1]["lr"]
-            say(f"note: {before} -> {now} epochs: the learning rate, {lr:.1e} so far, goes on with "
-                f"{self.lr:.1e} and falls to {self.args.min_lr:.1e} at the new end", sys.stderr)
-
-    def write(self, name: str, to: Callable[[Path], Any]) -> None:
-        """Replace a file of the run folder. If that fails keep the old one, warn once and go on.
-
-        Whenever the power fails, the file is the old one or the new one, never a part of it.
-        """
-        path, temporary = self.folder / name, self.folder / f"{name}.tmp"
-        try:
-            to(temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            self.unwritten.pop(name, None)
-            with contextlib.suppress(OSError):  # make the folder's entry last, where that works
-                folder = os.open(self.folder, os.O_RDONLY)
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
-        except Exception as error:  # noqa: BLE001, each library reports a full disk in its own way
-            if not self.unwritten:
-                free = "no folder is"
-                if self.folder.is_dir():
-                    free = f"{shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free"
-                say(f"warning: cannot write {path}, will try again after the next epoch; "
-                    f"{free} there ({error})".splitlines()[0], sys.stderr)
-            self.unwritten[name] = str(error).splitlines()[0]
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Make the run folder, lock it, and clear away what a killed run had begun to write."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115, unlocked when closed, or killed
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for name in ("best.pt", "weights.safetensors", "last.pt", "metrics.csv", "args.json"):
-            (folder / f"{name}.tmp").unlink(missing_ok=True)
-    except BlockingIOError as error:
-        raise UserError(f"another run is writing to {folder}, or was killed seconds ago") from error
-    except OSError as error:
-        raise UserError(f"cannot write to --output {folder} ({error.strerror})") from error
-    with lock:
-        try:
-            yield
-        finally:
-            if [path.name for path in folder.glob("*")] == [".lock"]:  # nothing came of it
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def read_checkpoint(source: str | Path, any_layout: bool = False) -> dict:
-    """last.pt, best.pt or weights.safetensors -> its contents, on the CPU; never runs any code.
-
-    any_layout: whatever --init-from takes, in the form of a weights.safetensors.
-    """
-    path, content = Path(source), None
-    if not (any_layout and str(source).startswith(convnext.DOWNLOADS)):
-        if not path.is_file():
-            raise UserError(f"there is no checkpoint {path}")
-        try:
-            content, metadata = convnext.read_file(path)
-        except ValueError:
-            content, metadata = {}, {}
-        if settings := convnext.settings_of(content, metadata):
-            return settings | (dict(content) if "model" in content else {"weights": content})
-        if not content or not any_layout:
-            best = path.with_name("best.pt")
-            hint = f"; there is also {best}" if best.exists() and best != path else ""
-            raise UserError(f"{path} ({path.stat().st_size:,} bytes) is not a complete checkpoint"
-                            f"{'' if any_layout else ' written by train.py'}{hint}")
-    weights = read_pretrained(str(source), content)
-    args = network_arguments(weights) | {"dataset": "imagenet"}  # published weights are ImageNet's
-    return weights.settings | {"args": args, "weights": weights.tensors}
-
-
-def save(run: Run) -> None:
-    """best.pt if the held-out images say so, at the end weights.safetensors; last.pt, metrics.csv.
-
-    In this order: a run that is killed before last.pt repeats the epoch, and writes them again.
-    metrics.csv is made of the history in last.pt, so the next save mends it.
-    """
-    check_finite(run)
-    state = run.state()
-    metric = "val_ema_top1" if run.ema else "val_top1"
-    scores = [row.get(metric, -1.0) for row in run.history] or [-1.0]
-    at_end_of_epoch = run.step == len(run.history) * run.steps
-    if at_end_of_epoch and scores[-1] > max(scores[:-1], default=-1.0):
-        run.write("best.pt", lambda path: torch.save(state, path))
-    if len(run.history) == run.args.epochs:
-        tensors = {k: v.cpu().contiguous() for k, v in (state["ema"] or state["model"]).items()}
-        header = {k: json.dumps(state[k]) for k in ("args", "classes", "mean", "std")}
-        header["checksum"] = convnext.checksum(tensors, header)
-        run.write("weights.safetensors", lambda path: save_file(tensors, path, header))
-    run.write("last.pt", lambda path: torch.save(state, path))
-    columns = list(max(run.history, key=len, default={}))
-    lines = [columns] + [[past.get(name, "") for name in columns] for past in run.history]
-    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    run.write("metrics.csv", lambda path: path.write_text(text))  # whole: every epoch just once
-
-
-def refuse_unwritten(run: Run) -> None:
-    """At the end of a run a file that could not be written is an error."""
-    if run.unwritten:
-        raise UserError(f"could not write {', '.join(run.unwritten)} in {run.folder}: "
-                        f"{next(iter(run.unwritten.values()))}")
-
-
-def describe(run: Run) -> None:
-    """Say what is about to happen, and note it in the run folder."""
-    args, data, device = run.args, run.data, run.data.mean.device
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "torchvision": torchvision.__version__}
-    text = json.dumps({"argv": sys.argv, "args": vars(args), "versions": versions}, indent=2)
-    run.write("args.json", lambda path: path.write_text(text + "\n"))
-    with torch.device("meta"):
-        macs = convnext.count_macs(build_model(args, len(data.classes)), args.img_size)
-    size = sum(p.numel() for p in run.model.parameters())
-    trained = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    held_out = f" + {len(data.val):,} held-out" if data.val else ""
-    frozen = f" ({trained:,} trained)" if trained < size else ""
-    origin = f"init    {args.init_from}: {run.origin}\n" if run.origin else ""
-    teacher = (f"teacher {args.teacher}, alpha {args.distill_alpha:g}, temperature "
-               f"{args.distill_temperature:g}\n") if args.teacher else ""
-    say(f"model   ConvNeXt-{args.variant}, patch size {args.patch_size}: {size:,} parameters"
-        f"{frozen}, {macs / 1e9:.3f} GMACs at {args.img_size}x{args.img_size}\n{origin}{teacher}"
-        f"data    {args.dataset}: {len(data.train):,} training{held_out} + {len(data.test):,} "
-        f"test images, {len(data.classes)} classes ({', '.join(data.classes[:4])}, ...)\n"
-        f"device  {device.type} ({name}), {str(run.precision)[6:]}, torch {torch.__version__}"
-        f"{', compiled' if args.compile else ''}\n"
-        f"steps   {args.epochs} epochs x {run.steps} of {args.batch_size} images, "
-        f"lr {args.lr:g}, weight decay {args.weight_decay:g}, seed {args.seed}\n"
-        f"run     {run.folder}")
-
-
-def log(run: Run, writer: SummaryWriter, seconds_left: float) -> None:
-    """The newest row of the history: to TensorBoard and the screen."""
-    row = run.history[-1]
-    if not run.unwritten:  # TensorBoard does not survive a full disk
-        for name, value in row.items():
-            writer.add_scalar(name, value, row["epoch"])
-        writer.flush()
-    split, results = "val" if run.data.val else "test", ""
-    if f"{split}_loss" in row:
-        results = f"  {split} loss {row[f'{split}_loss']:.3f}  top-1 {row[f'{split}_top1']:5.2f} %"
-    if f"{split}_ema_top1" in row:
-        results += f"  EMA {row[f'{split}_ema_top1']:5.2f} %"
-    minutes, seconds = divmod(round(seconds_left), 60)
-    say(f"epoch {row['epoch']:3}/{run.args.epochs}  lr {row['lr']:.1e}  train loss "
-        f"{row['train_loss']:.3f}{results}  {row['images_per_s']:5.0f} img/s  "
-        f"data {row['data_share']:2.0%}  {minutes}:{seconds:02} left")
-
-
-# --- 7. Training --------------------------------------------------------------------------------
-
-CHECK_EVERY = 50  # steps; each time the CPU waits for the GPU
-
-
-def train_epoch(run: Run, progress: tqdm) -> dict[str, float]:
-    """The rest of an epoch -> its row for metrics.csv."""
-    args, data, model, optimizer, scaler = (
-        run.args, run.data, run.model, run.optimizer, run.scaler)
-    epoch, device = len(run.history), data.mean.device
-    # All that is random follows from the seed and the epoch or step: a resumed run draws the same.
-    # (Large factors, so that no two steps, or epochs and images, of any two seeds are the same.)
-    done = run.step - epoch * run.steps
-    loader = batches(data.train, args.batch_size, args.workers,
-                     seed=-1_000_000_007 * args.seed - 10_000_019 * (epoch + 1), first=done,
-                     pin=device.type == "cuda")
-    if not done:
-        run.so_far = {"loss": torch.zeros(()), "seconds": 0.0, "waiting": 0.0}
-    so_far, ended = run.so_far, time.perf_counter()
-    so_far["loss"] = so_far["loss"].to(device)
-    model.train()
-    for images, labels in loader:
-        torch.manual_seed(1_000_000_007 * args.seed + run.step + 1)
-        x, y = augment(args, data, images.to(device, non_blocking=True),
-                       labels.to(device, non_blocking=True),
-                       mix=epoch < args.epochs - args.mix_off_epochs,
-                       size=args.start_size if epoch < args.epochs * args.start_share else 0)
-        so_far["waiting"] += time.perf_counter() - ended  # on a GPU, for its launches only
-        lr = run.lr
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-
-        # ---- learning --------------------------------------------------------------------------
-        for xs, ys in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
-            with torch.autocast(device.type, run.precision, run.precision != torch.float32):
-                logits = model(xs)
-                answers = run.teacher(xs) if run.teacher else None
-            loss = training_loss(args, logits.float(), ys, answers) * (len(xs) / len(x))
-            scaler.scale(loss).backward()
-            so_far["loss"] += loss.detach()
-        if args.clip_grad:
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        if run.ema:
-            run.ema.update_parameters(model)
-        # ----------------------------------------------------------------------------------------
-        run.step += 1
-        progress.update()
-        if run.step % CHECK_EVERY == 0 or run.step == (epoch + 1) * run.steps:
-            check_finite(run)  # which waits for a GPU, so that the time is right
-        before, ended = ended, time.perf_counter()
-        so_far["seconds"] += ended - before
-    return {"epoch": epoch + 1, "step": run.step, "train_loss": so_far["loss"].item() / run.steps,
-            "lr": optimizer.param_groups[-1]["lr"], "seconds": so_far["seconds"],
-            "images_per_s": run.steps * min(args.batch_size, len(data.train)) / so_far["seconds"],
-            "data_share": so_far["waiting"] / so_far["seconds"]}
-
+    def load_state(self, state: Mapping) -> None:
+        if state["fingerprint"] != self.data.fingerprint:
+            raise UserError("--resume needs the training images that the run began with: those in "
+                            f"{self.recipe.data_dir} have other names, classes or contents")
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        self.step, self.history, self.sums = state["step"], state["history"], state["sums"]
+        self.sums["loss"] = self.sums["loss"].to(self.device)
 
 @torch.no_grad()
 def check_finite(run: Run) -> None:
-    """Refuse to go on, and to save, once the loss or the weights are infinite or no number.
+    """Raise UserError once the loss or a weight is infinite or not a number."""
+    loss = run.sums["loss"] / ((run.step - 1) % run.steps + 1)
+    norm = nn.utils.get_total_norm(run.model.parameters())
+    if not (loss + norm).isfinite():
+        raise UserError(f"by step {run.step}, at lr {run.sums['lr']:.1e}, the mean loss became "
+                        f"{loss:.3g} and the norm of the weights {norm:.3g}: try a lower --lr, "
+                        f"--clip-grad 1 or --amp off. {run.folder} stays as it was before")
 
-    In float16, too: the scaler skips a step for infinite gradients, but the loss is unscaled.
-    """
-    epoch, done = divmod(run.step - 1, run.steps)
-    when = (f"by step {done + 1} of epoch {epoch + 1}, at lr "
-            f"{run.optimizer.param_groups[-1]['lr']:.1e}")
-    remedy = (f"try a lower --lr, --clip-grad 1, or --amp bf16 or off. The files in {run.folder} "
-              "stay as they were before")
-    for name, value in (("loss", run.so_far["loss"] / (done + 1)),
-                        ("norm of the weights", nn.utils.get_total_norm(run.model.parameters()))):
-        if not value.isfinite():
-            before = f", {run.finite[name]:.3f} before" if name in run.finite else ""
-            raise UserError(f"the {name} became {value.item()} {when}{before}: {remedy}")
-        run.finite[name] = value.item()
-    if run.scaler.is_enabled() and run.scaler.get_scale() < 1:
-        raise UserError("float16 has no scale left at which the gradients are finite, "
-                        f"{when}: {remedy}")
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Replace a file as a whole: a crash or a full disk leaves the old one as it was."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except Exception as error:  # PyTorch reports a full disk by a RuntimeError
+        raise UserError(f"cannot write {path} ({reason(error)}); the old files stay") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
+def save(run: Run) -> None:
+    """Write best.pt if the held-out images choose it, at the end weights.safetensors, last.pt and
+    metrics.csv: in this order, so that a run killed before last.pt writes all of them again."""
+    check_finite(run)
+    state, folder, history = run.state(), run.folder, run.history
+    scores = [row.get("val_ema_top1" if run.ema else "val_top1", -1.0) for row in history] or [-1.0]
+    if run.step == len(history) * run.steps and scores[-1] > max(scores[:-1], default=-1.0):
+        write_file(folder / "best.pt", lambda path: torch.save(state, path))
+    if len(history) == run.recipe.epochs:
+        tensors = (run.ema.module if run.ema else run.model).state_dict()
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        notes = {k: json.dumps(state[k]) for k in ("args", "classes", "mean", "std")}
+        notes["made_by"] = MADE_BY
+        write_file(folder / "weights.safetensors", lambda path: save_file(tensors, path, notes))
+    write_file(folder / "last.pt", lambda path: torch.save(state, path))
+    columns = [*max(history, key=len, default={})]  # some rows have no evaluation
+    lines = [columns, *([row.get(name, "") for name in columns] for row in history)]
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    write_file(folder / "metrics.csv", lambda path: path.write_text(text))
+
+def describe(run: Run) -> None:
+    """Print what is about to happen, and note the settings in args.json."""
+    r, data, parameters = run.recipe, run.data, [p.numel() for p in run.model.parameters()]
+    write_file(run.folder / "args.json", lambda path: path.write_text(json.dumps(asdict(r))))
+    say(f"model   ConvNeXt-{r.variant}, patch size {r.patch_size}: {sum(parameters):,} parameters, "
+        f"{run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n"
+        f"init    {run.origin or r.init}\n"
+        f"data    {r.dataset}: {len(data.train):,} training + {len(data.val or []):,} held-out + "
+        f"{len(data.test):,} test images, {len(data.classes)} classes ({some(data.classes)})\n"
+        f"device  {run.device}, {str(run.precision)[6:]}, torch {torch.__version__}\n"
+        f"steps   {r.epochs} epochs x {run.steps} of {r.batch_size} images, lr {r.lr:g}, weight "
+        f"decay {r.weight_decay:g}, seed {r.seed}\nrun     {run.folder}")
+
+@contextlib.contextmanager
+def stop_signals(run: Run) -> Iterator[None]:
+    """Let a signal end the run after the present step. A second Ctrl-C acts at once.
+    SIGTERM and SIGUSR1 come from schedulers, SIGHUP from a closed terminal, all perhaps twice."""
+    def receive(number: int, _frame: Any) -> None:
+        run.stopped_by = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.ExitStack() as handlers:  # puts the former handlers back
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows lacks the last two; nohup ignores SIGHUP
+            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                handlers.callback(signal.signal, number, signal.signal(number, receive))
+        yield
 
 def train(run: Run) -> None:
-    """From where the run stands to its end."""
-    args, data = run.args, run.data
-    describe(run)
-    with stop_between_batches(), tqdm(
+    """Train from where the run stands to its end or to a signal, and save after each epoch."""
+    epochs, begun, started = run.recipe.epochs, run.step, time.perf_counter()
+    with stop_signals(run), tqdm(
             total=run.total, initial=run.step, unit="step", disable=None) as progress:
-        writer = SummaryWriter(run.folder, purge_step=len(run.history) + 1)
-        started, first = time.perf_counter(), run.step
-        try:
-            if len(run.history) == args.epochs:  # nothing left but to see that all files are there
-                save(run)
-            for epoch in range(len(run.history), args.epochs):
-                row = train_epoch(run, progress)
-                if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-                    row |= run.measure("val" if data.val else "test")
+        while len(run.history) < epochs and not run.stopped_by:
+            row = train_epoch(run, progress)
+            if row and (row["epoch"] % run.recipe.eval_every == 0 or row["epoch"] == epochs):
+                row |= run.measure()
+            if not run.stopped_by:  # else --resume repeats the evaluation
                 run.history.append(row)
-                save(run)
-                a_step = (time.perf_counter() - started) / max(1, run.step - first)
-                log(run, writer, a_step * (run.total - run.step))
-            writer.close()
-        except Stopped:
+                a_step = (time.perf_counter() - started) / max(1, run.step - begun)
+                say("  ".join(f"{name} {value:.4g}" for name, value in row.items()
+                              if name not in ("step", "seconds") and "top5" not in name)
+                    + f"  {a_step * (run.total - run.step):.0f} s left")
             save(run)
-            refuse_unwritten(run)
-            raise
+        if run.step == begun:  # a complete run; one of its files may be missing
+            save(run)
 
+def report(source: Source, recipe: Recipe, test: Images) -> None:
+    """Print the accuracy of a source's weights on the test images."""
+    check_classes(source, test.classes)
+    device = pick_device(recipe.device)
+    mean, std = (torch.tensor(source.images[name], device=device) for name in ("mean", "std"))
+    model = convnext.from_checkpoint(source.weights).to(device, memory_format=torch.channels_last)
+    for mirror in (False, True) if recipe.tta else (False,):
+        loss, top1, top5 = evaluate(model, test, mean, std, recipe.workers,
+                                    pick_precision(recipe.amp, device), mirror).values()
+        say(f"{source.name}{' with mirror images' if mirror else ''}: test loss {loss:.4f}  top-1 "
+            f"{top1:.2f} %  top-5 {top5:.2f} %  of {len(test):,} images of {recipe.img_size} px")
 
-def report(path: str | Path, state: dict, args: argparse.Namespace,
-           test: Dataset | None = None) -> None:
-    """Print the test accuracy of the weights in a checkpoint's state, and of their average."""
-    device = pick_device(args.device)
-    test = test or load_split(args, train=False, classes=state["classes"])
-    check_classes(str(path), state["classes"], state.get("weights", {}), test.classes)
-    mean, std = (torch.tensor(state[name], device=device) for name in ("mean", "std"))
-    model = build_model(args, len(test.classes)).to(device, memory_format=torch.channels_last)
-    for title, key in (("raw", "model"), ("EMA", "ema"), ("weights", "weights")):
-        if state.get(key):
-            with naming(str(path)):
-                convnext.load_weights(model, state[key], strict=True)
-            result = evaluate(
-                model, test, mean, std, args.workers, pick_precision(args.amp, device))
-            if args.tta:
-                mirrored = evaluate(model, test, mean, std, args.workers,
-                                    pick_precision(args.amp, device), tta=True)
-                say(f"{path} ({title}), with mirror: top-1 {mirrored['top1']:.2f} %")
-            say(f"{path} ({title}): test loss {result['loss']:.4f}  top-1 {result['top1']:.2f} %  "
-                f"top-5 {result['top5']:.2f} %  of {len(test):,} images, "
-                f"{args.img_size}x{args.img_size}")
+# --- 9. Command line ----------------------------------------------------------------------------
+FIELDS = {field.name: field for field in fields(Recipe)}
+ANY_TIME = {"resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta"}
+EVALUATION = {"eval_only", "dataset", "data_dir", "img_size", "crop_pct", "skip_bad", "workers",
+              "device", "amp", "tta"}
+KINDS = {name: (*get_args(field.type), field.type)[0] for name, field in FIELDS.items()}
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
-WHAT_HELPS = {  # in an error of PyTorch's or the system's -> what to do about it
-    "shared memory|Too many open files":
-        "the processes that read images hand them over by it; try fewer --workers, or --workers 0",
-    "out of memory|can(not|'t) allocate memory|Unable to allocate":
-        "--accumulate 2 (or 4 ...; beside --resume with --override) takes the same steps in less "
-        "memory; a smaller --batch-size, --img-size or --variant needs less, too",
-    "DataLoader worker":
-        "a process that reads images has ended, often for lack of memory; try fewer --workers, "
-        "or --workers 0",
-    "No space left|quota exceeded": "make room, or give another --output",
-}
+def complete(r: Recipe) -> None:
+    """Fill in the defaults that follow from others, and check each value, wherever it comes from.
+    Raises UserError for a value that is not allowed."""
+    for name, value in (("layer_scale", 0.0 if convnext.VARIANTS[r.variant].grn else 0.1),
+                        ("warmup_epochs", r.epochs / 20), ("mix_off_epochs", r.epochs // 10)):
+        setattr(r, name, value if getattr(r, name) is None else getattr(r, name))
+    for name, about in FIELDS.items():
+        value, allowed = getattr(r, name), about.metadata["allowed"]
+        fine = isinstance(value, KINDS[name]) or value is about.default is None
+        if fine and isinstance(allowed, tuple):
+            fine = value in allowed
+        elif fine and allowed and value is not None:
+            low, high = map(float, allowed[1:-1].split(","))
+            fine = (low <= value <= high and (value > low or allowed[0] == "[")
+                    and (value < high or allowed[-1] == "]"))
+        if not fine:
+            what = {int: "a whole number in ", float: "a number in "}.get(KINDS[name], "one of ")
+            raise UserError(f"{flag(name)} must be {what}{allowed}, not {value!r}")
+    stride = 8 * r.patch_size  # of the whole network
+    for name, fine, allowed in (
+            ("warmup_epochs", r.warmup_epochs < r.epochs, f"below --epochs, {r.epochs}"),
+            ("min_lr", r.min_lr <= r.lr, f"up to --lr, {r.lr}"),
+            ("accumulate", r.accumulate <= r.batch_size, f"up to --batch-size, {r.batch_size}"),
+            ("img_size", r.img_size >= stride, f"{stride} or more at --patch-size {r.patch_size}"),
+            ("start_size", not r.start_size or stride <= r.start_size <= r.img_size,
+             f"0, or from {stride} to --img-size, {r.img_size}"),
+            ("crop_padding", r.crop_padding < r.img_size, f"below --img-size, {r.img_size}")):
+        if not fine:
+            raise UserError(f"{flag(name)} must be {allowed}, not {getattr(r, name)}")
 
+def parse(argv: list[str]) -> dict[str, Any]:
+    """The command line -> what was typed, and nothing else: {"batch_size": 64, ...}."""
+    parser = argparse.ArgumentParser(
+        usage="python train.py [--option value ...]; --help lists the options",
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)  # --mix must not pass for --mixup
+    for name, about in FIELDS.items():
+        help_, allowed = about.metadata["help"], about.metadata["allowed"]
+        if "group" in about.metadata:
+            group = parser.add_argument_group(about.metadata["group"])
+        how = {"action": argparse.BooleanOptionalAction} if KINDS[name] is bool else {
+            "type": KINDS[name], "choices": allowed if isinstance(allowed, tuple) else None}
+        if about.default not in (None, False):
+            help_ += f"; default {about.default}"
+        short = [about.metadata["short"]] if "short" in about.metadata else []
+        group.add_argument(flag(name), *short, help=help_, **how)
+    # The authors write --drop_path.
+    argv = [re.sub("^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in argv]
+    given = vars(parser.parse_args(argv))
+    if "" in given.values():  # from a shell variable that is not set
+        parser.error("no value may be empty")
+    return given
+
+def refuse_contradictions(given: dict[str, Any], notes: Mapping[str, Any]) -> None:
+    """Raise UserError for flags that cannot stand together."""
+    saved, names, new = notes.get("args", {}), given.keys(), given.get("recipe") == "fast"
+    changed = some([flag(k) for k in given if k not in ANY_TIME and saved.get(k) != given[k]])
+    idle = some([flag(k) for k in given if k not in EVALUATION])
+    tuned = given.get("recipe") == "finetune" or given.get("freeze_backbone")
+    for wrong, text in (
+            (len(names & {"resume", "eval_only", "init_from"}) > 1,
+             "only one of --resume, --eval-only and --init-from can be given"),
+            ("resume" in names and "step" not in notes, "--resume takes last.pt, of this version"),
+            ("resume" in names and changed,
+             f"--resume cannot change {changed}; a different run begins with --init-from"),
+            ("eval_only" in names and idle, f"--eval-only trains nothing: leave out {idle}"),
+            ("init_from" in names and (new or given.get("init") == "fan-in"),
+             "--recipe fast and --init fan-in begin with new weights, without --init-from"),
+            ("init_from" not in names and tuned, "this needs weights: --init-from SOURCE"),
+            ("teacher" not in names and names & {"distill_alpha", "distill_temperature"},
+             "--distill-alpha and --distill-temperature need a --teacher")):
+        if wrong:
+            raise UserError(text)
+
+def combine(given: dict[str, Any], source: Source | None = None) -> Recipe:
+    """All settings. Later ones win: defaults, the weights', the named recipe's, those typed.
+    With --resume and --eval-only, the checkpoint's own stand where the named recipe does."""
+    refuse_contradictions(given, source.notes if source else {})
+    weights, named, name = {}, {}, given.get("recipe")
+    if source:
+        saved = source.notes.get("args", {"dataset": "imagenet"})
+        weights = {k: v for k, v in (source.network | source.images).items() if k in (
+            "variant", "patch_size", "layer_scale", "img_size", "crop_pct")}
+        if given.get("img_size", weights["img_size"]) != weights["img_size"]:
+            weights["crop_pct"] = None  # it belongs to the weights' own size
+    if "resume" in given:
+        named = saved | {"output": str(Path(given["resume"]).parent)}
+    elif "eval_only" in given:
+        named = {k: v for k, v in saved.items() if k in ("dataset", "data_dir", "skip_bad", "amp")}
+    elif name:
+        known = {"variant": Recipe.variant, "batch_size": Recipe.batch_size} | weights | given
+        named = {"fast": FAST, "finetune": finetune(known["variant"], known["batch_size"])}.get(
+            name, {})
+        say(f"{name}: " + ", ".join(f"{flag(k)} {v}" for k, v in named.items() if k not in given))
+    if given.get("freeze_backbone"):
+        named = named | {"drop_path": 0.0}  # what does not learn needs no noise
+    return Recipe(**weights | named | given)
 
 def main(argv: list[str]) -> int:
-    args, checkpoint, weights = parse_args(argv)
-    args.output = args.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.variant}")
-    last, best = Path(args.output) / "last.pt", Path(args.output) / "best.pt"
-    go_on = f"to go on: python train.py --resume {shlex.quote(str(last))}"
+    """Do what the command line says -> the exit code. Raises UserError and KeyboardInterrupt."""
+    given = parse(argv)
+    origin = given.get("resume") or given.get("eval_only") or given.get("init_from")
+    source = open_weights(origin) if origin else None
+    recipe = combine(given, source)
+    if "eval_only" in given:
+        report(source, recipe, load_split(recipe, False, source.notes.get("classes")))
+        return 0
+    recipe.output = recipe.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{recipe.variant}")
+    folder, last = Path(recipe.output), Path(recipe.output) / "last.pt"
+    if last.exists() and not ("resume" in given and last.samefile(origin)):
+        raise UserError(f"{folder} holds a run: give --resume {last}, or another --output")
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # Linux would hand each step its memory anew, page by page and filled with zeros, which is a
+        # quarter of the time on a CPU: keep it. The numbers are M_TRIM_THRESHOLD and M_MMAP_MAX.
+        libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32, on GPUs that have it
+    torch.backends.cudnn.benchmark = True  # few batch sizes: find the fastest kernels of each
+    run = Run(recipe, source, "resume" in given)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        if args.eval_only:
-            report(args.eval_only, checkpoint, args)
-            return 0
-        if last.exists() and not checkpoint:
-            raise UserError(f"{args.output} holds a run already: --resume {last}, or give another "
-                            "--output")
-        with claim(Path(args.output)):
-            run = Run(args, checkpoint, weights)
+        with FileLock(folder / ".lock", timeout=0):
+            describe(run)
             train(run)
-            refuse_unwritten(run)
-            for path in (last, best) if run.data.val else (last,):
-                report(path, read_checkpoint(path), args, run.data.test)
-    except Stopped as stopped:
-        say(f"stopped; {go_on}", sys.stderr)
-        return 128 + stopped.args[0]
-    except (RuntimeError, MemoryError, OSError) as error:
-        message = str(error) or "out of memory"
-        for pattern, help_ in WHAT_HELPS.items():
-            if line := re.search(f".*({pattern}).*", message, re.IGNORECASE):
-                saved = f"; {go_on}" if last.exists() and not args.eval_only else ""
-                raise UserError(f"{line[0].strip()}: {help_}{saved}") from error
-        raise
+    except Timeout as error:
+        raise UserError(f"another run is writing to {folder}") from error
+    if run.stopped_by:
+        say(f"stopped; to go on: python train.py --resume {last}", sys.stderr)
+        return 128 + run.stopped_by
+    for path in (last, folder / "best.pt") if run.data.val else (last,):
+        report(open_weights(str(path)), recipe, run.data.test)
     return 0
 
+def unfailing(method: Callable) -> Callable:
+    """Ignore what goes wrong: a full disk under the log or a closed terminal must not end a run."""
+    def call(*args: Any) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            method(*args)
+    return call
 
 if __name__ == "__main__":
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        stream.write, stream.flush = unfailing(stream.write), unfailing(stream.flush)
+        setattr(sys, name, stream)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
-    except UserError as error:
-        # Raised in a DataLoader's worker, its text is the worker's traceback; our line is the last.
-        sys.exit("train.py: error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1])
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(f"train.py: error: {reason(error)}")
