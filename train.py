@@ -635,7 +635,7 @@ def naming(source: str) -> Iterator[None]:
         raise UserError(f"{source}: {'no such file' if missing else reason(error)}") from error
 
 def checksum(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> str:
-    """A hash of all that weights.safetensors holds, since this format has no checksum of its own."""
+    """A hash of all that weights.safetensors holds: the format has no checksum of its own."""
     digest = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
