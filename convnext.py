@@ -22,7 +22,7 @@ Transformer. An image passes through the result, ConvNeXt-Tiny, like this:
 
 and each block computes x + branch(x), where the branch first mixes positions, then channels.
 
-Part 1 builds the network in the order of the paper, part 2 every network on the road from
+Part 1 builds the network from its smallest layers up, part 2 every network on the road from
 ResNet-50 to here (`python convnext.py --road` lists them; without --road, it lists the variants).
 Part 3 reads and writes the checkpoints of other libraries, and part 4 makes a CPU faster; a reader
 who wants to understand ConvNeXt can stop before part 3.
@@ -32,12 +32,16 @@ Sections, tables and figures named below are the paper's; V2 is https://arxiv.or
 doubles as the shape comment: b = batch, c = channels, h, w = height and width. Between blocks a
 feature map is (b, c, h, w); inside a block, after the depthwise convolution, it is (b, h, w, c).
 
+To try a different norm, change the base class of LayerNorm; for a different MLP or filter, change
+InvertedBottleneck or DepthwiseConv. With different parameters, pretrained weights do not fit.
+
 The network computes what the authors' code does (https://github.com/facebookresearch/ConvNeXt),
 and is initialised like it. `patch_size` is an addition: 4x4 patches leave small images too few
 positions. Each idea is a module of its own, so their `pwconv1` is `mlp.pwconv1` here.
 """
 
 import argparse
+import copy
 import hashlib
 import math
 import os
@@ -97,10 +101,10 @@ class LayerNorm(nn.LayerNorm):
 
         y = weight ⊙ (x - mean(x)) / √(var(x) + ε) + bias
 
-    Mean and variance are taken over the last axis, the channels. Positions and images share no
-    statistics, so training and evaluation compute the same. (GroupNorm with one group does not: it
-    also averages over the positions.) Replacing BatchNorm by it gained 0.06 points, which is little
-    (section 2.6), but in training an image no longer depends on the rest of its batch.
+    Mean and variance are taken over the last axis, the channels, of one position of one image.
+    (GroupNorm with one group is different: it also averages over the positions.) Replacing
+    BatchNorm by it gained only 0.06 points (section 2.6). But an image no longer depends on the
+    rest of its batch, and training and evaluation compute the same.
     """
 
     def __init__(self, dim: int) -> None:
@@ -110,9 +114,9 @@ class LayerNorm(nn.LayerNorm):
 class LayerNorm2d(LayerNorm):
     """LayerNorm of a feature map. (b, dim, h, w) -> (b, dim, h, w)
 
-    The norm runs on (b, h, w, c), so its result lies in memory in that order, and the second
-    rearrange only renames the axes of that memory. Convolutions return the order they are given
-    ("channels_last"). The stem ends with this layer, so after the stem no rearrange copies.
+    The result of nn.LayerNorm lies in memory in the order b h w c, and the second rearrange only
+    renames its axes. Convolutions return the order in memory that they are given ("channels_last").
+    The stem ends with this layer, so from there on a norm or a linear layer never has to copy.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,8 +130,8 @@ class GRN(nn.Module):
         y = γ ⊙ (x ⊙ n) + β + x,   n[c] = ‖x[:, :, c]‖ / (mean over channels k of ‖x[:, :, k]‖ + ε)
 
     The norms are taken over all positions of an image. V2 is pre-trained by filling in masked parts
-    of images, which made many channels of V1 respond alike. With GRN, channels compete: one that
-    responds more strongly than the average is amplified (V2, section 3). γ and β start at 0, so
+    of images, which made many channels of V1 respond alike. With GRN, channels compete: n is large
+    where a channel responds more strongly than the average (V2, section 3). γ and β start at 0, so
     the layer starts as the identity.
     """
 
@@ -137,7 +141,7 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # In at least float32: squares overflow float16, and bfloat16 would lose a small γ·x·n.
+        # In at least float32, since squares overflow float16, and bfloat16 rounds the sum.
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # (b, 1, 1, dim)
         n = norm / (reduce(norm, "b 1 1 c -> b 1 1 1", "mean") + 1e-6)
@@ -181,7 +185,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init: float = 1e-6) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init))
+        self.gamma = nn.Parameter(init * torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gamma * x
@@ -206,7 +210,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        keep = x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - self.p)  # for (b, c, h, w)
+        keep = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.p)  # (b, 1, 1, 1)
         return x * (keep / (1 - self.p))
 
     def extra_repr(self) -> str:
@@ -319,7 +323,8 @@ class ConvNeXt(nn.Module):
         # Table 5 prints a standard deviation of 0.2; the authors' code and the libraries have 0.02.
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, h, w) -> (b, num_classes) logits, or (b, dims[-1]) features."""
@@ -340,7 +345,8 @@ class ConvNeXt(nn.Module):
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """(b, in_channels, h, w) -> the map of every stage, at strides 4, 8, 16 and 32.
 
-        These are what a detection or segmentation head takes. Errors: see forward_features.
+        These strides are those of 4x4 patches. A detection or segmentation head takes such maps,
+        often with a norm of its own for each. Errors: see forward_features.
         """
         self._check(x)
         maps = [x]
@@ -390,8 +396,9 @@ VARIANTS["v2_huge"] = Variant((3, 3, 27, 3), (352, 704, 1408, 2816), 115, grn=Tr
 def create_convnext(variant: str, *, layer_scale: float | None = None, **options: Any) -> ConvNeXt:
     """Build one of the VARIANTS with initial weights, in training mode.
 
-    options: the other keyword arguments of ConvNeXt. layer_scale: by default 1e-6 in V1, and none
-    in V2, whose paper found it unnecessary with GRN. Raises ValueError for an unknown variant.
+    options: the other keyword arguments of ConvNeXt, except grn. layer_scale: 1e-6 by default in
+    V1, and none in V2, whose paper found it unnecessary with GRN. Raises ValueError for an unknown
+    variant.
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
@@ -407,11 +414,11 @@ def create_convnext(variant: str, *, layer_scale: float | None = None, **options
 def count_macs(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
     """Count the multiply-accumulates of convolutions and linear layers for one square image.
 
-    The papers call them FLOPs. The model can be on the meta device, which needs no memory.
+    The papers call them FLOPs. They are counted on the meta device, where tensors have only shapes.
     """
-    device = next(model.parameters()).device
+    model = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, in_channels, image_size, image_size, device=device))
+        model(torch.zeros(1, in_channels, image_size, image_size, device="meta"))
     return counter.get_total_flops() // 2  # PyTorch counts multiplications and additions
 
 
@@ -469,8 +476,8 @@ ROADMAP = (
     Step("GELU", {"act": nn.GELU}, 80.62, 4.15),
     Step("one activation", {"one_act": True}, 81.27, 4.15),
     Step("one norm", {"one_norm": True}, 81.41, 4.15),
-    # The last two costs are misprints. LayerNorm costs what BatchNorm does, 4.15 (as in the paper's
-    # table 11), and ConvNeXt-Tiny has 4.46.
+    # Misprinted costs, it seems: they alone differ from our count. LayerNorm adds none to 4.15 (nor
+    # does it in the paper's table 11), and ConvNeXt-Tiny has 4.46.
     Step("LayerNorm", {"norm": LayerNorm2d}, 81.47, 4.46),
     Step("separate downsampling", {"separate_downsampling": True}, 81.97, 4.49),
 )
@@ -500,9 +507,9 @@ class RoadmapBlock(nn.Module):
                       *conv(middle, self.dim, norm=not d.one_norm)]
         else:  # 1x1 - kxk - 1x1
             groups = middle if d.depthwise else 1
-            layers = [*conv(dim_in, middle), removed_act(),
+            layers = [*conv(dim_in, middle, norm=not d.one_norm), removed_act(),
                       *conv(middle, middle, k, stride, groups), d.act(),
-                      *conv(middle, self.dim)]
+                      *conv(middle, self.dim, norm=not d.one_norm)]
         self.branch = nn.Sequential(*layers)
         same = (dim_in, stride) == (self.dim, 1)
         self.shortcut = nn.Sequential(*([] if same else conv(dim_in, self.dim, stride=stride)))
@@ -516,7 +523,10 @@ class RoadmapBlock(nn.Module):
 
 
 def roadmap_network(design: Design, num_classes: int = 1000) -> nn.Sequential:
-    """Build any network of the road, with PyTorch's initialisation. (b, 3, h, w) -> (b, classes)"""
+    """Build any network of the road, with PyTorch's initialisation. (b, 3, h, w) -> (b, classes)
+
+    The paper also trained these networks with stochastic depth, which is left out here.
+    """
     d, dim = design, design.width
     if d.patchify:  # the paper names no norm here before the last step, so this one is a guess
         layers: list[nn.Module] = [Patchify(3, dim), d.norm(dim)]
@@ -555,7 +565,7 @@ def road_table() -> Iterator[str]:
             macs = count_macs(roadmap_network(design), 224)
         counted = f"{macs / 1e9:.2f}"
         mark = "" if step.kept else "  not kept"
-        mark += "" if counted == f"{step.gflops:.2f}" else "  misprint"
+        mark += "" if counted == f"{step.gflops:.2f}" else "  differs"
         yield (f"{step.name:24} {step.top1:8.2f} {step.top1 - before:+6.2f} {step.gflops:7.2f} "
                f"{counted:>8}{mark}")
         before = step.top1 if step.kept else before
@@ -624,8 +634,10 @@ def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
-    state, names, shapes, exported = (
-        unwrapped(model).state_dict(), name_map(layout), SHAPES.get(layout, {}), {})
+    state = unwrapped(model).state_dict()
+    if layout == "native":
+        return state
+    names, shapes, exported = name_map(layout), SHAPES[layout], {}
     v2 = "stages.0.0.mlp.grn.gamma" in state
     if layout == "torchvision" and (v2 or "stages.0.0.layer_scale.gamma" not in state):
         raise ValueError(f"torchvision has no ConvNeXt {'V2' if v2 else 'without LayerScale'}")
@@ -708,6 +720,8 @@ def download(source: str) -> tuple[Mapping, dict[str, Any]]:
 
     try:
         return read_file(hf_hub_download(name, "model.safetensors"))[0], {}
+    except errors.LocalEntryNotFoundError:  # there is no connection
+        raise
     except errors.EntryNotFoundError:
         return read_file(hf_hub_download(name, "pytorch_model.bin"))[0], {}
 
@@ -810,9 +824,10 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
                     [name for name in state if name.startswith(stays)],
                     [name for name in tensors if name not in state])
     model.load_state_dict({name: tensors[name] for name in report.loaded}, strict=False)
-    if report.kept or report.left_out:
-        warnings.warn(f"the model kept its own {', '.join(report.kept) or 'values nowhere'}; "
-                      f"left out: {', '.join(report.left_out) or 'nothing'}", stacklevel=2)
+    if report.kept:
+        warnings.warn(f"the model kept its own {', '.join(report.kept)}", stacklevel=2)
+    if report.left_out:
+        warnings.warn(f"the model has no place for {', '.join(report.left_out)}", stacklevel=2)
     return report
 
 
@@ -856,8 +871,8 @@ def speed_up(model: nn.Module) -> nn.Module:
     """Make training on a CPU faster, in place, and return the model.
 
     The layers keep their parameters, names and hooks, and compute the same up to rounding. Where a
-    layer was changed by hand (its stride, padding, dilation, forward, ...), and on a GPU, in
-    evaluation and exports, PyTorch's own convolution runs.
+    layer was changed by hand (its stride, padding, dilation, forward, ...), and on a GPU, in an
+    export or without gradients, PyTorch's own convolution runs.
     """
     fast = {DepthwiseConv: FastDepthwiseConv, Patchify: FastPatchify}
     for module in model.modules():
@@ -880,8 +895,9 @@ def can_be_faster(layer: nn.Conv2d, x: Tensor, *settings: Any) -> bool:
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     edited = type(layer).__base__.forward is not nn.Conv2d.forward
-    return (x.device.type == "cpu" and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0
-            and not edited and layer.bias is not None and layer.padding_mode == "zeros"
+    return (x.device.type == "cpu" and dtype in FAST_DTYPES and x.dtype != torch.float64
+            and x.ndim == 4 and x.numel() > 0 and not edited and layer.bias is not None
+            and layer.padding_mode == "zeros"
             and settings == (layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
                              layer.dilation, layer.groups))
 
@@ -894,6 +910,8 @@ class FastPatchify(Patchify):
         if not can_be_faster(self, x, self.out_channels, (p, p), (p, p), (0, 0), (1, 1), 1):
             return super().forward(x)
         h, w = x.shape[2:]
+        if min(h, w) < p:
+            return super().forward(x)  # which raises an error
         x = x[:, :, : h - h % p, : w - w % p]
         x = rearrange(x, "b c (h p) (w q) -> b h w (p q c)", p=p, q=p)
         x = F.linear(x, rearrange(self.weight, "dim c p q -> dim (p q c)"), self.bias)
@@ -970,7 +988,8 @@ def fold_layer_scale(model: nn.Module) -> nn.Module:
 
         γ ⊙ (W·x + b) = (γ ⊙ W)·x + γ ⊙ b
 
-    The logits stay the same and inference is faster. Training would go on differently without γ.
+    The logits stay the same up to rounding, and inference is faster. Training would go on
+    differently without γ.
     """
     for block in model.modules():
         if isinstance(block, Block) and isinstance(block.layer_scale, LayerScale):
