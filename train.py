@@ -680,7 +680,8 @@ def check_classes(source: Source, classes: list[str]) -> None:
 def load_teacher(source: Source, run: "Run") -> Callable[[Tensor], Tensor]:
     """The source's network, as a function of images (b, 3, h, w) normalised for the student."""
     check_classes(source, run.data.classes)
-    model = convnext.from_checkpoint(source.weights).requires_grad_(False)
+    with naming(source.name):
+        model = convnext.from_checkpoint(source.weights).requires_grad_(False)
     model = model.to(run.device, memory_format=torch.channels_last)
     stride = 8 * source.network["patch_size"]
     if (run.recipe.start_size or run.recipe.img_size) < stride:
@@ -906,7 +907,9 @@ def report(source: Source, recipe: Recipe, test: Images) -> None:
     check_classes(source, test.classes)
     device = pick_device(recipe.device)
     mean, std = (torch.tensor(source.images[name], device=device) for name in ("mean", "std"))
-    model = convnext.from_checkpoint(source.weights).to(device, memory_format=torch.channels_last)
+    with naming(source.name):
+        model = convnext.from_checkpoint(source.weights)
+    model.to(device, memory_format=torch.channels_last)
     for mirror in (False, True) if recipe.tta else (False,):
         loss, top1, top5 = evaluate(model, test, mean, std, recipe.workers,
                                     pick_precision(recipe.amp, device), mirror).values()
