@@ -433,7 +433,9 @@ class Images(Dataset):
 def as_shown(item: str | np.ndarray) -> Image.Image:
     """A picture as a viewer shows it, in RGB: upright, 16 bits scaled to 8, on a white ground."""
     picture = Image.open(item) if isinstance(item, str) else Image.fromarray(item)
-    if picture.mode.startswith("I;16") or picture.mode == "I" and picture.format in ("PNG", "PPM"):
+    deep = picture.mode[:4] == "I;16" or picture.mode == "I" and picture.format in ("PNG", "PPM")
+    picture = ImageOps.exif_transpose(picture)
+    if deep:
         picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
     if picture.mode in ("I", "F"):
         raise ValueError("which of its 32-bit values is white is unknown: convert it to 16 bits")
