@@ -1172,7 +1172,7 @@ def test_contradictions_and_misfits_are_refused(pretrained):
             (f"--init-from {pretrained} --recipe fast", "--recipe fast .* without --init-from"),
             (f"--init-from {pretrained} --init fan-in", "--init fan-in .* without --init-from"),
             (f"--init-from {pretrained} --variant femto --dataset synthetic --output x", "fit"),
-            ("--recipe finetune", "need weights: --init-f"), ("--freeze-backbone", "need weights: "),
+            ("--recipe finetune", "need weights: --init-f"), ("--freeze-backbone", "need weights"),
             ("--distill-alpha 1", "need a --teacher"), ("--resume no.pt", "no.pt: no such file"),
             ("--init-from hnf.pth --dataset synthetic --output x", "hnf.pth: .*norm_pre.weight"),
             ("--teacher hnf.pth --dataset synthetic --output x", "hnf.pth: .*norm_pre.weight"),
@@ -1475,8 +1475,8 @@ def test_pictures_are_read_as_a_viewer_shows_them(tmp_path):
     for kind_, picture, expected, options in (
             ("png", grey16, grey, {}), ("tif", grey16, grey, {}), ("ppm", grey16, grey, {}),
             ("tif", grey16.astype(">u2"), grey, {}), ("png", grey > 99, 255 * (grey > 99), {}),
-            *((kind_, picture, np.rot90(expected, -1), {"exif": exif}) for kind_, picture, expected in (
-                ("png", rgb, rgb), ("tif", rgb, rgb), ("png", grey, grey), ("png", grey16, grey))),
+            *((kind_, picture, np.rot90(expected, -1), {"exif": exif}) for kind_ in ("png", "tif")
+              for picture, expected in ((rgb, rgb), (grey, grey), (grey16, grey))),
             ("png", clear, on_white, {}), ("tif", clear, on_white, {}), ("gif", drawing, drawn, {}),
             *(("png", picture, drawn, {}) for picture in (
                 drawing, drawing.convert("LA"), drawing.quantize(4))),
@@ -1601,7 +1601,7 @@ def test_fine_tuning_on_other_classes(pretrained, capsys):
     state, _ = fine_tune("b", frozen)
     for name, tensor in state["model"].items():
         changed = name.startswith("head.fc.")
-        assert tensor.abs().max() > 0.01 if changed else torch.equal(tensor, first[name]), name
+        assert tensor.any() if changed else torch.equal(tensor, first[name]), name
     assert "--freeze-backbone would leave untrained: downsample_layers.0.0.weight" in outcome(
         f"{frozen} --dataset folder --patch-size 2 --output c")
 

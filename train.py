@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import io
 import json
 import math
 import os
@@ -131,7 +132,7 @@ class Recipe:
                                   "[0, inf)", short="--wd")
     label_smoothing: float = setting(0.1, "share of a label spread over all classes", "[0, 1)")
     clip_grad: float = setting(0.0, "largest norm of the gradient; 0: no limit", "[0, inf)")
-    ema_horizon: float = setting(0.04, "share of the run that the average of the weights goes back; "
+    ema_horizon: float = setting(0.04, "share of the run that the weights are averaged over; "
                                  "0: no average", "[0, 1)")
     amp: str = setting("auto", "number type of matrix products; auto: bf16 if the hardware has it",
                        ("auto", "bf16", "fp16", "off"), group="run")
@@ -453,7 +454,7 @@ class Images(Dataset):
 
 def as_shown(item: str | np.ndarray) -> Image.Image:
     """A picture as a viewer shows it, in RGB: upright, 16 bits scaled to 8, on a white ground."""
-    picture = Image.open(item) if isinstance(item, str) else Image.fromarray(item)
+    picture = Image.open(io.BytesIO(Path(item).read_bytes())) if isinstance(item, str) else Image.fromarray(item)
     deep = picture.mode[:4] == "I;16" or picture.mode == "I" and picture.format in ("PNG", "PPM")
     picture = ImageOps.exif_transpose(picture)
     if deep:
