@@ -1134,7 +1134,7 @@ def test_settings_in_order_of_precedence(pretrained, monkeypatch):
 
 def test_bad_values_are_refused_with_the_range(capsys):
     for line, message in (
-            ("--vairant tiny", "unrecognized arguments: --vairant"), ("--mix 0.5", "guments: --mix"),
+            ("--vairant tiny", "unrecognized arguments: --vairant"), ("--mix 0.5", "uments: --mix"),
             ("--output=", "no value may be empty"), ("--variant teeny", "invalid choice: 'teeny'"),
             ("--patch-size 3", "choose from 1, 2, 4"), ("--lr x", "--lr: invalid float value: 'x'"),
             ("--lr 0", "--lr must be a number in (0, inf), not 0.0"), ("--lr nan", "--lr must be "),
