@@ -870,6 +870,10 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setitem(VARIANTS, "atto", atto._replace(depths=(1,) * 4, dims=(8, 16, 24, 32)))
     monkeypatch.setattr(
         train, "draw_shapes", lambda count, size, seed: draw(count // 50, size, seed))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several are slower with such small networks
+    yield
+    torch.set_num_threads(threads)
 
 
 COMMON = "--variant atto --patch-size 4 --device cpu --dataset "
