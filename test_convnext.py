@@ -1406,7 +1406,7 @@ def test_other_images_are_refused_by_resume(small, size):
             ("moved", lambda path: None), ("deleted", lambda path: path.unlink()),
             ("damaged", lambda path: path.write_bytes(b"")),
             ("class", lambda path: path.rename(path.parents[1] / "b cat" / "a.png")),
-            ("renamed", lambda path: path.rename(path.with_name("z.png"))),
+            ("renamed", lambda path: path.rename(path.with_name("ünï 6.png"))),
             ("content", lambda path: PIL.Image.new("RGB", (50, 50)).save(path)),
             ("wolf", lambda path: path.parent.rename(path.parents[1] / "wolf"))):
         shutil.copytree("data", name)
