@@ -12,6 +12,7 @@ import csv
 import errno
 import itertools
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -904,10 +905,10 @@ def test_steps_are_pytorchs(small, optimizer, parts, tolerance):
         f"--optimizer {optimizer} --accumulate {parts} --clip-grad 0.5 --ema-horizon 0.5"))
     model, average, run.sums = copy.deepcopy(run.model), {}, {"loss": 0.0}
     before, ps = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
-    flat, muon, rest = parts = [], [], []
+    flat, muon, rest = groups = [], [], []
     for name, p in ps.items():
         matrix = optimizer == "muon" and "pwconv" in name
-        parts[0 if p.ndim == 1 else 1 if matrix else 2].append(p)
+        groups[0 if p.ndim == 1 else 1 if matrix else 2].append(p)
     theirs = [torch.optim.AdamW([{"params": rest, "weight_decay": 0.3},
                                  {"params": flat, "weight_decay": 0}], fused=True)]
     theirs += [torch.optim.Muon(muon, weight_decay=0.3)] if muon else []
@@ -1247,6 +1248,16 @@ def test_what_ends_a_run_loses_nothing(pretrained, monkeypatch, capsys, more):
     for name, read in (("last.pt", torch.load), ("best.pt", torch.load), ("metrics.csv", read_csv),
                        ("weights.safetensors", load_file)):
         assert plain(read(f"parts/{name}")) == plain(read(f"whole/{name}")), name
+
+
+@pytest.mark.parametrize(("number", "result"), [
+    (signal.SIGTERM, "0"), (signal.SIGKILL, "UserError: .*try fewer --workers")])
+def test_signals_to_processes_that_read_images(small, monkeypatch, number, result):
+    """What reaches all processes is left to the main one; a killed one ends the run in one line."""
+    make_folder("data")
+    monkeypatch.setattr(train, "augment", at_call(1, train.augment, lambda: [
+        os.kill(process.pid, number) for process in multiprocessing.active_children()]))
+    assert re.match(result, outcome(f"{FOLDER} -b 1 --img-size 96 -j 1 --output run"))
 
 
 @pytest.mark.parametrize("what", ["mean loss became", "norm of the weights"])

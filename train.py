@@ -591,7 +591,7 @@ def batches(data: Images, batch_size: int, workers: int, *, seed: int | None = N
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except RuntimeError as error:  # one of its processes was killed, or found no shared memory
+    except (RuntimeError, ConnectionError) as error:  # a process was killed, or has no shared memory
         raise UserError(f"{reason(error)}; try fewer --workers") from error
 
 def channel_statistics(data: Images, workers: int) -> tuple[Tensor, Tensor]:
@@ -1085,6 +1085,10 @@ def main(argv: list[str]) -> int:
             train(run)
     except Timeout as error:
         raise UserError(f"another run is writing to {folder}") from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # raised wherever this process was at the time
+            raise
+        raise UserError(f"{reason(error)}; try fewer --workers") from error
     if run.stopped_by:
         say(f"stopped; to go on: python train.py --resume {last}", sys.stderr)
         return 128 + run.stopped_by
