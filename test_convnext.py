@@ -15,6 +15,9 @@ import math
 import os
 import pickle
 import random
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -806,33 +809,47 @@ def test_published_weights_on_two_cats(source, expected, request, tmp_path):
 # --- The recipe ---------------------------------------------------------------------------------
 
 
-def arguments(*argv):
-    return train.parse_args(list(argv))[0]
-
-
-def test_lr_is_pytorchs_warmup_and_cosine():
-    total, warmup = 50, 10
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
-    rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)
-    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - 1 - warmup, eta_min=0.01)
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_learning_rate_is_pytorchs(schedule):
+    total, warmup, peak, floor = 50, 10, 0.3, 0.01
+    optimizer, lrs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], peak), torch.optim.lr_scheduler
+    rise = lrs.LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)
+    fall = (lrs.CosineAnnealingLR(optimizer, total - 1 - warmup, floor) if schedule == "cosine" else
+            lrs.LinearLR(optimizer, 1, floor / peak, total - warmup))
+    both = lrs.SequentialLR(optimizer, [rise, fall], [warmup])
     for step in range(total):
-        expected = optimizer.param_groups[0]["lr"]
-        if step == warmup:
-            optimizer.param_groups[0]["lr"] = expected = 0.3
-        assert train.lr_at(step, total, warmup, 0.3, 0.01) == pytest.approx(expected)
+        lr = train.lr_at(step, total, warmup, peak, floor, schedule)
+        assert lr == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        (rise if step < warmup - 1 else fall).step() if step != warmup - 1 else None
-    assert train.lr_at(0, 1, 0, 0.3, 0.01) == 0.3
+        both.step()
+    assert train.lr_at(0, 1, 0, 0.3, 0.01, schedule) == 0.3
 
 
 @pytest.mark.parametrize("variant", ["atto", "v2_atto"])
-def test_weight_decay_groups_are_timms(variant):
-    model = create_convnext(variant)
-    ours = train.parameter_groups(model, 0.05)
-    theirs = timm.optim.param_groups_weight_decay(model, 0.05)
-    as_sets = [{(g["weight_decay"], frozenset(map(id, g["params"]))) for g in groups}
-               for groups in (ours, theirs)]
-    assert as_sets[0] == as_sets[1]
+def test_parameter_groups_are_timms_and_muon_gets_the_blocks_matrices(variant):
+    model, muon = create_convnext(variant, num_classes=10), train.Recipe(
+        optimizer="muon", layer_decay=0.8, lr=1e-3, muon_lr=0.02)
+    ours, theirs = ({(g["weight_decay"], frozenset(map(id, g["params"]))) for g in groups} for groups
+                    in (train.parameter_groups(model, 0.05),
+                        timm.optim.param_groups_weight_decay(model, 0.05)))
+    assert ours == theirs
+    adamw, matrices = train.make_optimizers(model, muon)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for optimizer, expected in ((matrices, [n for n in names.values() if "pwconv" in n and
+                                            n.endswith("weight")]),
+                                (adamw, [n for n in names.values() if "pwconv" not in n or
+                                         n.endswith("bias")])):
+        assert all(group["params"] for group in optimizer.param_groups)
+        assert sorted(names[id(p)] for group in optimizer.param_groups
+                      for p in group["params"]) == sorted(expected)
+    # blocks 3 to 5 of the third stage: two layers below the head; rates in proportion to AdamW's
+    assert 0.8**2 * 20 in [pytest.approx(g["lr_scale"]) for g in matrices.param_groups]
+    assert [len(train.make_optimizers(model, train.Recipe(optimizer=name)))
+            for name in ("adamw", "muon")] == [1, 2]
+    model.requires_grad_(False).head.fc.requires_grad_(True)
+    alone, = train.make_optimizers(model, muon)
+    assert [group["params"][0] is p for group, p in zip(
+        alone.param_groups, model.head.fc.parameters(), strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize(("variant", "decay", "expected"), [
@@ -841,19 +858,108 @@ def test_weight_decay_groups_are_timms(variant):
                    0.5120, 0.6400, 0.8, 1)),
     ("tiny", 0.7, tuple(0.7**i for i in range(7, -1, -1)))])
 def test_layer_decay_is_the_authors(variant, decay, expected):
-    model = meta(variant, num_classes=10)
-    depths, scales = VARIANTS[variant].depths, {}
-    for group in train.parameter_groups(model, 0.05, decay):
-        scales |= {id(p): group["lr_scale"] for p in group["params"]}
-    third = 3 + depths[2] // 3  # where the fourth stage begins
-    parts = {"downsample_layers.0.": 0, "stages.0.": 1, "downsample_layers.1.": 2, "stages.1.": 2,
-             "downsample_layers.2.": 3, "downsample_layers.3.": third, "stages.3.": third,
-             "head.": third + 1}
-    parts |= {f"stages.2.{b}.": 3 + b // 3 for b in range(depths[2])}
-    assert len(expected) == third + 2
+    model, depth = meta(variant, num_classes=10), VARIANTS[variant].depths[2]
+    scales = {id(p): group["lr_scale"] for group in train.parameter_groups(model, 0.05, decay)
+              for p in group["params"]}
+    fourth = 3 + depth // 3
+    layers = {"downsample_layers.0.": 0, "stages.0.": 1, "downsample_layers.1.": 2, "stages.1.": 2,
+              "downsample_layers.2.": 3, "downsample_layers.3.": fourth, "stages.3.": fourth,
+              "head.": fourth + 1} | {f"stages.2.{b}.": 3 + b // 3 for b in range(depth)}
+    assert len(expected) == fourth + 2
     for name, parameter in model.named_parameters():
-        layer = next(layer for part, layer in parts.items() if name.startswith(part))
+        layer = next(layer for part, layer in layers.items() if name.startswith(part))
         assert scales[id(parameter)] == pytest.approx(expected[layer], abs=5e-5), name
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A network of four narrow blocks for atto, and 100 training and 20 test images of shapes."""
+    draw, atto = train.draw_shapes, VARIANTS["atto"]
+    monkeypatch.setitem(VARIANTS, "atto", atto._replace(depths=(1,) * 4, dims=(8, 16, 24, 32)))
+    monkeypatch.setattr(
+        train, "draw_shapes", lambda count, size, seed: draw(count // 50, size, seed))
+
+
+QUICK = "--variant atto --dataset synthetic --patch-size 4 --batch-size 32 --device cpu".split()
+
+
+def settings(line):
+    """The recipe that a command line comes to."""
+    given = train.parse(line.split())
+    origin = given.get("resume") or given.get("eval_only") or given.get("init_from")
+    return train.combine(given, origin and train.open_weights(origin))
+
+
+def quick_run(line):
+    return train.Run(settings(" ".join([*QUICK, "--output none --amp off", line])))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_are_pytorchs(small, optimizer):
+    """With parts of unequal size, clipping, two optimisers and the average of the weights."""
+    run = quick_run(f"--optimizer {optimizer} -b 20 --epochs 4 --accumulate 3 --clip-grad 0.5 "
+                    "--drop-path 0 --ema-horizon 0.5 --beta2 0.9 --weight-decay 0.3 --schedule linear")
+    model, x = copy.deepcopy(run.model), torch.randn(20, 3, 32, 32)
+    before = copy.deepcopy(run.model.state_dict())
+    named = dict(model.named_parameters())
+    matrices = [p for n, p in named.items() if "pwconv" in n and p.ndim == 2 and optimizer == "muon"]
+    rest = [p for p in named.values() if not any(p is m for m in matrices)]
+    theirs = [torch.optim.AdamW([{"params": [p for p in rest if p.ndim == d]} for d in (2, 4)] + [
+        {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0}], 1, (0.9, 0.9),
+        weight_decay=0.3)] + ([torch.optim.Muon(matrices, 20, weight_decay=0.3)] if matrices else [])
+    average, run.sums = None, {"loss": 0.0}
+    for step in range(4):
+        y = torch.randint(10, (20,))
+        train.train_step(run, x, F.one_hot(y, 10).float())
+        F.cross_entropy(model(x), y, label_smoothing=0.1).backward()
+        nn.utils.clip_grad_norm_(named.values(), 0.5)
+        rate = 1e-6 + (1e-3 - 1e-6) * (20 - step) / 19 if step else 1e-3  # one step of warmup
+        for optimizer in theirs:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (20 if isinstance(optimizer, torch.optim.Muon) else 1)
+            optimizer.step()
+            optimizer.zero_grad()
+        average = {name: p if step == 0 else average[name] + (p - average[name]) / 10
+                   for name, p in copy.deepcopy(model).state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        for ours, by_hand in ((run.model, tensor), (run.ema.module, average[name])):
+            difference = (ours.state_dict()[name] - by_hand).norm()
+            print(name, difference / (by_hand - before[name]).norm())
+            assert difference < 0.01 * (by_hand - before[name]).norm(), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_one_batch_is_learned_by_heart(small, optimizer):
+    run = quick_run(f"--optimizer {optimizer} --epochs 40 --drop-path 0 --lr 0.01 --muon-lr 0.1 "
+                    "--label-smoothing 0 --ema-horizon 0 --init fan-in")
+    x = train.normalize(run.data.train.images[:40] / 255, run.data.mean, run.data.std)
+    for _ in range(80):
+        run.sums = {"loss": torch.zeros(())}
+        train.train_step(run, x, F.one_hot(run.data.train.labels[:40], 10).float())
+    assert run.sums["loss"] < 0.1
+
+
+def test_fan_in_initialisation():
+    """The layers' weights, and with them the branch of a block of 40 channels beside its input."""
+    model, loudness = create_convnext("atto", layer_scale=0), []
+    x = torch.randn(4, 40, 16, 16)
+    for init in (lambda model: None, train.fan_in_init):
+        init(model)
+        block = model.stages[0][0]
+        loudness.append((block.eval()(x) - x).std().item())
+    assert loudness[0] < 0.03 and 0.08 < loudness[1] < 0.2
+    deviations = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            fan_in = nn.init._calculate_correct_fan(module.weight, "fan_in")
+            kind_ = name.split(".")[-1] if "stages" in name or "head" in name else "stem and down"
+            deviations.setdefault(kind_, []).append(module.weight.std().item() * fan_in**0.5)
+    cut = 0.88  # what cutting a normal distribution at two standard deviations leaves of them
+    for kind_, expected in (("stem and down", cut), ("dwconv", cut), ("pwconv1", cut),
+                            ("pwconv2", cut / 24**0.5), ("fc", 0.02 * 320**0.5)):
+        assert deviations.pop(kind_) == pytest.approx([expected] * {"stem and down": 4, "fc": 1}.get(
+            kind_, 12), rel=0.06)
+    assert not deviations
 
 
 def test_distillation_loss_is_hintons():
@@ -862,35 +968,36 @@ def test_distillation_loss_is_hintons():
     loss = train.distillation_loss(ours, theirs, 3.0)
     torch.testing.assert_close(loss, 9 * (p * (p / q).log()).sum() / 5)
     assert train.distillation_loss(theirs, theirs, 3.0) == 0
-    gradient, = torch.autograd.grad(loss, ours)
+    gradient, = torch.autograd.grad(loss, ours, retain_graph=True)
     torch.testing.assert_close(gradient, 3 * (q - p) / 5)
+    recipe = train.Recipe(distill_alpha=0.25, distill_temperature=3.0, label_smoothing=0.2)
+    labels = torch.arange(5)
+    torch.testing.assert_close(
+        train.training_loss(recipe, ours, F.one_hot(labels, 7).float(), theirs),
+        0.75 * F.cross_entropy(ours, labels, label_smoothing=0.2) + 0.25 * loss)
 
 
-@pytest.mark.parametrize(("size", "share", "mode"), [
-    (224, 0.875, "center"), (288, 0.95, "center"), (384, 1.0, "squash"), (32, 1.0, "center")])
-def test_evaluation_cut_is_timms(size, share, mode):
+@pytest.mark.parametrize(("size", "given", "share", "mode"), [
+    (224, None, 0.875, "center"), (288, 0.95, 0.95, "center"), (384, None, 1.0, "squash"),
+    (384, 0.9, 0.9, "center"), (32, None, 1.0, "center")])
+def test_evaluation_cut_is_timms(size, given, share, mode):
     picture = PIL.Image.effect_noise((500, 375), 80).convert("RGB")
     theirs = timm.data.create_transform(
         size, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1), crop_pct=share,
         crop_mode=mode)(picture)
-    given = ("--crop-pct", str(share)) if share == 0.95 else ()
-    ours = TF.pil_to_tensor(train.evaluation_cut(
-        arguments("--img-size", str(size), *given))(picture))
+    ours = TF.pil_to_tensor(train.evaluation_cut(size, given)(picture))
     torch.testing.assert_close(ours / 255, theirs)
 
 
 def test_crop_and_flip_are_torchvisions_for_each_sample():
     x = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
     y = train.crop_and_flip(x, 2, 0.5)
-    padded = TF.pad(x, [2], padding_mode="reflect")
-    draws = []
+    padded, draws = TF.pad(x, [2], padding_mode="reflect"), []
     for before, after in zip(padded, y):
-        crops = {(top, left): TF.crop(before, top, left, 8, 8)
-                 for top in range(5) for left in range(5)}
-        matches = [(*place, flip) for place, crop in crops.items() for flip in (False, True)
-                   if torch.equal(after, TF.horizontal_flip(crop) if flip else crop)]
-        assert len(matches) == 1
-        draws += matches
+        match, = [(top, left, flip) for top, left, flip in itertools.product(
+            range(5), range(5), (False, True)) if torch.equal(TF.crop(
+                before, top, left, 8, 8), TF.horizontal_flip(after) if flip else after)]
+        draws.append(match)
     assert {d[0] for d in draws} == {d[1] for d in draws} == set(range(5))
     assert 16 < sum(d[2] for d in draws) < 48
     assert torch.equal(train.crop_and_flip(x, 0, 0.0), x)
@@ -901,28 +1008,17 @@ def pillow_operation(name, strength):
     factor, level = 1 + 0.9 * strength, 10 * abs(strength)
     warp = {"resample": PIL.Image.Resampling.BILINEAR, "fillcolor": (128, 128, 128)}
     k = 0.3 * strength  # timm shears about a corner, we about the centre: k * 16 pixels apart
-    return {
-        "auto_contrast": timm_ops.auto_contrast,
-        "equalize": timm_ops.equalize,
-        "invert": timm_ops.invert,
-        "rotate": lambda i: timm_ops.rotate(i, 30 * strength, **warp),
-        "posterize": lambda i: timm_ops.posterize(
-            i, *timm_ops._posterize_increasing_level_to_arg(level, None)),
-        "solarize": lambda i: timm_ops.solarize(
-            i, *timm_ops._solarize_increasing_level_to_arg(level, None)),
-        "solarize_add": lambda i: timm_ops.solarize_add(
-            i, *timm_ops._solarize_add_level_to_arg(level, None)),
-        "color": lambda i: timm_ops.color(i, factor),
-        "contrast": lambda i: timm_ops.contrast(i, factor),
-        "brightness": lambda i: timm_ops.brightness(i, factor),
-        "sharpness": lambda i: timm_ops.sharpness(i, factor),
-        "shear_x": lambda i: i.transform(
-            i.size, PIL.Image.Transform.AFFINE, (1, k, -16 * k, 0, 1, 0), **warp),
-        "shear_y": lambda i: i.transform(
-            i.size, PIL.Image.Transform.AFFINE, (1, 0, 0, k, 1, -16 * k), **warp),
-        "translate_x": lambda i: timm_ops.translate_x_rel(i, 0.45 * strength, **warp),
-        "translate_y": lambda i: timm_ops.translate_y_rel(i, 0.45 * strength, **warp),
-    }[name]
+    shears = {"shear_x": (1, k, -16 * k, 0, 1, 0), "shear_y": (1, 0, 0, k, 1, -16 * k)}
+    levels = {"posterize": timm_ops._posterize_increasing_level_to_arg,
+              "solarize": timm_ops._solarize_increasing_level_to_arg,
+              "solarize_add": timm_ops._solarize_add_level_to_arg}
+    if name in shears:
+        return lambda i: i.transform(i.size, PIL.Image.Transform.AFFINE, shears[name], **warp)
+    if name.startswith("translate"):
+        return lambda i: getattr(timm_ops, f"{name}_rel")(i, 0.45 * strength, **warp)
+    arguments = {"rotate": (30 * strength,), "auto_contrast": (), "equalize": (), "invert": ()}
+    arguments = levels[name](level, None) if name in levels else arguments.get(name, (factor,))
+    return lambda i: getattr(timm_ops, name)(i, *arguments, **(warp if name == "rotate" else {}))
 
 
 @pytest.mark.parametrize("strength", [0.9, -0.45])
@@ -953,23 +1049,47 @@ def test_random_erase():
     erased = (y != 0).flatten(1).float().mean(1)
     assert 0.22 < (erased > 0).float().mean() < 0.28
     assert erased.max() < 0.36 and 0.15 < erased[erased > 0].mean() < 0.19
-    noise = y[y != 0]
+    noise, shapes = y[y != 0], (y != 0)[erased > 0, 0]
     assert abs(noise.mean()) < 0.02 and noise.std().item() == pytest.approx(1, abs=0.02)
-    for image in y[erased > 0][:50, 0] != 0:  # a full rectangle
-        rows, columns = image.any(1), image.any(0)
-        assert torch.equal(image, rows[:, None] & columns)
-    assert len({tuple(torch.nonzero(image)[0].tolist()) for image in y[erased > 0]}) > 100
+    assert torch.equal(shapes, shapes.any(1, True) & shapes.any(2, True))  # rectangles
+    assert len({tuple(torch.nonzero(shape)[0].tolist()) for shape in shapes}) > 100
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(train.mixup, T.MixUp), (train.cutmix, T.CutMix)])
-def test_mixing_is_torchvisions(ours, theirs):
-    x, labels = torch.rand(6, 3, 16, 16), torch.arange(6)
-    for draw in range(20):
-        torch.manual_seed(draw)
-        a, target_a = ours(x.clone(), F.one_hot(labels, 6).float(), 0.8)
-        torch.manual_seed(draw)
-        b, target_b = theirs(alpha=0.8, num_classes=6)(x.clone(), labels)
-        torch.testing.assert_close((a, target_a), (b, target_b))
+def test_mixing(small):
+    """MixUp blends and CutMix pastes, in the shares that the targets say; each about half as often.
+    Else the images are as they were."""
+    data = train.prepare_data(settings(" ".join(QUICK)), torch.device("cpu"))
+    plain = {"crop_padding": 0, "flip": 0.0, "rand_augment": 0.0, "random_erase": 0.0}
+    x, labels, kinds = data.train.images[:10], torch.arange(10), []
+    whole = train.normalize(x / 255, data.mean, data.std)
+    for _ in range(100):
+        mixed, targets = train.augment(train.Recipe(**plain), data, x, labels, True, 32)
+        torch.testing.assert_close(targets.sum(1), torch.ones(10))
+        share, others = targets[0, 0], whole.roll(1, 0)
+        pasted = ((mixed - others).abs() < 1e-5).all(1)
+        if torch.allclose(mixed, share * whole + (1 - share) * others, atol=1e-4):
+            kinds.append("mixup")
+        elif torch.allclose(pasted.float().mean((1, 2)), 1 - share, atol=0.02):
+            assert torch.equal(mixed.where(~pasted[:, None], whole), whole)
+            kinds.append("cutmix")
+    assert len(kinds) > 98 and 30 < kinds.count("cutmix") < 70
+    for options, mix in (({}, False), ({"mix_prob": 0.0}, True), ({"mixup": 0.0, "cutmix": 0.0}, True)):
+        same, targets = train.augment(train.Recipe(**plain, **options), data, x, labels, mix, 32)
+        assert torch.equal(same, whole) and torch.equal(targets, torch.eye(10))
+
+
+def test_images_grow_and_mixing_ends(small, monkeypatch):
+    seen = []
+
+    def step(run, x, y):
+        seen.append((x.shape[-1], bool((y.max(1).values < 1).any())))
+        run.step, run.sums["lr"] = run.step + 1, 0.0
+
+    monkeypatch.setattr(train, "train_step", step)
+    run = quick_run("--start-size 16 --patch-size 2 --epochs 4 --mix-off-epochs 1 -b 50")
+    for _ in range(4):
+        run.history.append(train.train_epoch(run, Mock()))
+    assert seen == [(16, True)] * 4 + [(32, True)] * 2 + [(32, False)] * 2
 
 
 def test_statistics_are_the_data_sets():
@@ -980,38 +1100,145 @@ def test_statistics_are_the_data_sets():
     np.testing.assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-5)
 
 
-# --- The script ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_evaluation_is_timms(mirrored):
+    data, model = train.draw_shapes(260, 32, seed=0), four_blocks()  # more than a batch
+    mean, std = train.channel_statistics(data, 0)
+    x = T.Normalize(mean.tolist(), std.tolist())(data.images / 255)
+    logits = logits_of(model, x)
+    if mirrored:
+        logits = (logits + logits_of(model, TF.horizontal_flip(x))) / 2
+    measured = train.evaluate(model.train(), data, mean, std, 0, torch.float32, mirrored)
+    expected = [F.cross_entropy(logits, data.labels), *timm.utils.accuracy(
+        logits, data.labels, (1, 5))]
+    assert [*measured.values()] == pytest.approx([e.item() for e in expected], rel=1e-4)
 
 
-QUICK = ("--variant", "atto", "--dataset", "synthetic", "--patch-size", "4", "--batch-size", "32",
-         "--device", "cpu")
+# --- Settings -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def small_data(monkeypatch):
-    draw = train.draw_shapes
-    monkeypatch.setattr(
-        train, "draw_shapes", lambda count, size, seed: draw(count // 50, size, seed))
+def pretrained(tmp_path, small):
+    """The weights of a short run with patches of 4, ten classes and statistics of its own."""
+    argv = [*QUICK, "--epochs", "1", "--lr", "0.002", "--output", str(tmp_path / "first")]
+    assert train.main(argv) == 0
+    return str(tmp_path / "first" / "weights.safetensors")
+
+
+def test_settings_in_order_of_precedence(pretrained, monkeypatch):
+    state = export_state_dict(create_convnext("atto", num_classes=12), "timm")
+    monkeypatch.setattr(convnext, "download", lambda source: (state, train.IMAGENET | {
+        "crop_pct": 0.95}))
+    folder = pretrained.rpartition("/")[0]
+    last, ours, timms = f"--resume {folder}/last.pt", f"--init-from {pretrained}", "--init-from timm:a"
+    of_weights = {"variant": "atto", "patch_size": 4, "img_size": 32, "layer_scale": 1e-6}
+    table = {"lr": 1.25e-5, "min_lr": 2.5e-7, "weight_decay": 1e-8, "layer_decay": 0.8, "epochs": 30,
+             "head_init_scale": 0.001, "mixup": 0, "warmup_epochs": 0, "drop_path": 0, "ema_horizon": 0}
+    for line, expected in (
+            ("", {"variant": "tiny", "epochs": 100, "lr": 1e-3, "layer_scale": 0.1, "warmup_epochs": 5}),
+            ("--variant v2_atto --epochs 40", {"layer_scale": 0, "warmup_epochs": 2}),
+            ("--recipe fast", train.FAST), ("--recipe scratch", {"variant": "tiny", "lr": 1e-3}),
+            ("--recipe fast --epochs 100 --layer-scale 0.1 --mix-prob 1 --no-tta --variant tiny",
+             {"epochs": 100, "layer_scale": 0.1, "mix_prob": 1, "tta": False, "variant": "tiny"}),
+            (ours, of_weights | {"epochs": 100, "lr": 1e-3, "batch_size": 128, "dataset": "cifar10"}),
+            (f"{ours} --patch-size 2 --variant tiny", {"patch_size": 2, "variant": "tiny"}),
+            (f"{ours} --recipe finetune", of_weights | table),
+            (f"{ours} --recipe finetune -b 256 --mixup 0.8 --lr 0.001 --epochs 100",
+             table | {"min_lr": 5e-7, "mixup": 0.8, "lr": 1e-3, "epochs": 100}),
+            *((f"{ours} --recipe finetune --variant {variant}", {"drop_path": rate})
+              for variant, rate in (("small", 0.1), ("base", 0.2), ("large", 0.3), ("xlarge", 0.4),
+                                    ("v2_base", 0.2))),
+            (f"{ours} --variant base --recipe finetune --freeze-backbone", {"drop_path": 0}),
+            (timms, {"img_size": 224, "crop_pct": 0.95}),
+            (f"{timms} --img-size 224", {"img_size": 224, "crop_pct": 0.95}),
+            (f"{timms} --img-size 320", {"img_size": 320, "crop_pct": None}),
+            (f"{timms} --img-size 320 --crop-pct 0.95", {"img_size": 320, "crop_pct": 0.95}),
+            (f"{timms} --crop-pct 0.875", {"img_size": 224, "crop_pct": 0.875}),
+            ("--eval-only timm:a --img-size 320", {"dataset": "imagenet", "crop_pct": None}),
+            (f"--eval-only {pretrained}", of_weights | {"dataset": "synthetic"}),
+            (f"--eval-only {pretrained} --dataset cifar10", {"dataset": "cifar10"}),
+            (last, {"lr": 0.002, "batch_size": 32, "epochs": 1, "layer_scale": 0.1, "output": folder}),
+            (f"{last} --lr 0.002 --workers 3 --data-dir x", {"lr": 0.002, "workers": 3})):
+        recipe = settings(line)
+        assert {k: getattr(recipe, k) for k in expected} == pytest.approx(expected), line
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("--vairant tiny", "unrecognized arguments: --vairant"), ("--output=", "--output must not be em"),
+    ("--mix 0.5", "unrecognized arguments: --mix"), ("--variant teeny", "invalid choice: 'teeny'"),
+    ("--patch-size 3", "choose from 1, 2, 4"), ("--lr x", "--lr: invalid float value: 'x'"),
+    ("--lr 0", "--lr must be a number in (0, inf), not 0.0"), ("--lr nan", "--lr must be a number"),
+    ("--lr inf", "not inf"), ("--epochs 0", "--epochs must be a whole number in [1, inf), not 0"),
+    ("--epochs 1.5", "'1.5'"), ("--drop_path 1", "--drop-path must be a number in [0, 1), not 1.0"),
+    ("--random-erase 1.1", "must be a number in [0, 1], not 1.1"),
+    ("--layer-scale -1", "--layer-scale must be a number in [0, inf), not -1.0"),
+    ("--warmup-epochs 3 --epochs 3", "--warmup-epochs must be below --epochs, 3, not 3.0"),
+    ("--img-size 8", "--img-size must be 16 or more at --patch-size 2, not 8"),
+    ("--start-size 8", "--start-size must be 0, or from 16 to --img-size, 32, not 8"),
+    ("--crop-padding 32", "--crop-padding must be below --img-size, 32"),
+    ("--min-lr 1", "--min-lr must be up to --lr, 0.001"), ("--seed -1", "--seed must be a whole num"),
+    ("--accumulate 9 -b 8", "--accumulate must be up to --batch-size, 8, not 9"),
+    ("--dataset synthetic --val-size 5000", "--val-size must be below the 5,000 training images"),
+    ("--device quantum", "--device quantum cannot be used here (")])
+def test_bad_values_are_refused_with_the_range(line, message, capsys):
+    with pytest.raises((SystemExit, train.UserError)) as raised:
+        train.main(line.split())
+    text = capsys.readouterr().err if isinstance(raised.value, SystemExit) else str(raised.value)
+    assert message in text and "\n" not in text.partition("error: ")[2].strip()
+
+
+def test_contradictions_are_refused(tmp_path, pretrained):
+    last, other = pretrained.replace("weights.safetensors", "last.pt"), str(tmp_path / "other.pth")
+    torch.save(timm.create_model("convnext_tiny_hnf", num_classes=10).state_dict(), other)
+    for line, message in (
+            (f"--resume {last} --lr 0.001 --wd 1", "cannot change --lr, --weight-decay; .*--init-from"),
+            (f"--resume {last} --recipe fast", "cannot change --recipe; .* begins with --init-from"),
+            (f"--resume {pretrained}", "--resume takes last.pt"),
+            (f"--resume {last} --eval-only {last}", "only one of --resume, --eval-only"),
+            (f"--eval-only {last} --epochs 3 --tta", "trains nothing: leave out --epochs$"),
+            (f"--init-from {last} --recipe fast", "are for new weights"),
+            (f"--init-from {last} --init fan-in", "are for new weights"),
+            (f"--init-from {last} --variant tiny {QUICK[2]} synthetic", r"weights.safetensors|last.pt: "),
+            ("--recipe finetune", "need weights: --init-from"), ("--distill-alpha 1", "need a --teacher"),
+            ("--freeze-backbone", "need weights: --init-from"), ("--resume no.pt", "no checkpoint no.pt"),
+            *((f"{flag} {other} --dataset synthetic --img-size 224", "other.pth: .*norm_pre.weight")
+              for flag in ("--init-from", "--eval-only", "--teacher"))):
+        with pytest.raises(train.UserError, match=message):
+            train.main([*line.split(), *(() if "eval" in line or "resume" in line else
+                                         ("--output", str(tmp_path / "x")))])
+    assert not (tmp_path / "x").exists()
+
+
+# --- The run ------------------------------------------------------------------------------------
 
 
 def read_csv(path):
     with open(path) as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s", "data_share")}
-                for row in csv.DictReader(file)]
+        return [*csv.DictReader(file)]
 
 
-def test_one_batch_is_learned_by_heart():
-    data = train.draw_shapes(40, 32, seed=0)
-    mean, std = train.channel_statistics(data, 0)
-    x = train.normalize(data.images / 255, mean, std)
-    model = create_convnext("atto", num_classes=10, patch_size=4)
-    optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.05), lr=1e-3)
-    for _ in range(80):
-        loss = F.cross_entropy(model(x), data.labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.1
+def plain(content):
+    """Nested content, tensors as bytes, without times and places: to be compared whole."""
+    if isinstance(content, dict):
+        return {name: plain(value) for name, value in content.items() if name not in (
+            "seconds", "images_per_s", "data_share", "waiting", "output", "workers")}
+    if isinstance(content, list | tuple):
+        return [plain(value) for value in content]
+    return content.numpy().tobytes() if isinstance(content, torch.Tensor) else content
+
+
+def assert_same_run(first, second):
+    """Weights, optimisers, averages, the log: all that was trained, to the last bit."""
+    for path in Path(first).iterdir():
+        other = Path(second) / path.name
+        if path.suffix == ".pt":
+            a, b = (plain(torch.load(p, weights_only=True)) for p in (path, other))
+        elif path.suffix == ".csv":
+            a, b = (plain(read_csv(p)) for p in (path, other))
+        else:
+            a, b = (plain(load_file(p) if p.suffix == ".safetensors" else {}) for p in (path, other))
+        assert a == b, path.name
+    assert {p.name for p in Path(first).iterdir()} == {p.name for p in Path(second).iterdir()}
 
 
 def at_call(number, function, action):
@@ -1025,124 +1252,69 @@ def at_call(number, function, action):
     return wrapped
 
 
-def assert_same_run(first, second):
-    """All that was trained, and every row of the log but for its times."""
-    states = [torch.load(f"{run}/last.pt", weights_only=True) for run in (first, second)]
-    for part in ("model", "ema"):
-        for name, tensor in states[0][part].items():
-            assert torch.equal(tensor, states[1][part][name]), name
-    for index, moments in states[0]["optimizer"]["state"].items():
-        for name, tensor in moments.items():
-            assert torch.equal(tensor, states[1]["optimizer"]["state"][index][name])
-    assert read_csv(f"{first}/metrics.csv") == read_csv(f"{second}/metrics.csv")
+def full_disk(size=0):
+    """From now on no file can grow beyond this size, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def test_a_signal_loses_nothing(tmp_path, monkeypatch, small_data, capsys):
-    """Stopped in the middle of an epoch and resumed, a run ends as if it had never been stopped."""
-    def stop(number):
-        return lambda: signal.raise_signal(number)
+@pytest.mark.parametrize("more", ["", "--optimizer muon --ema-horizon 0 --teacher"])
+def test_what_ends_a_run_loses_nothing(tmp_path, monkeypatch, pretrained, capsys, more):
+    """Signals in the middle of an epoch and of an evaluation, a full disk, a lost file: resumed, the
+    run ends as if it had never been stopped."""
+    def send(*numbers):
+        return lambda: [signal.raise_signal(number) for number in numbers]
 
-    argv = [*QUICK, "--epochs", "4", "--val-size", "20", "--accumulate", "2", "--clip-grad", "1",
-            "--batch-size", "16"]  # 5 steps an epoch
-    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    # 5 steps an epoch
+    argv = [*QUICK, *"--epochs 4 --val-size 20 --accumulate 2 --clip-grad 1 --batch-size 16".split(),
+            *(more + f" {pretrained}" * ("teacher" in more)).split()]
+    whole, parts = str(tmp_path / "whole"), tmp_path / "parts"
     assert train.main([*argv, "--output", whole]) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "augment", at_call(8, train.augment, stop(signal.SIGINT)))
-        assert train.main([*argv, "--output", parts]) == 130
-        assert f"--resume {parts}/last.pt" in capsys.readouterr().err
-        assert torch.load(f"{parts}/last.pt", weights_only=True)["step"] == 8
-        # during the evaluation it stops at once
-        patch.setattr(train, "evaluate", at_call(2, train.evaluate, stop(signal.SIGTERM)))
-        assert train.main(["--resume", f"{parts}/last.pt"]) == 143
-        assert torch.load(f"{parts}/last.pt", weights_only=True)["step"] == 10
-    Path(f"{parts}/last.pt.tmp").write_bytes(b"left by a killed run")
-    torch.rand(7)  # the random state at the time does not matter
-    assert train.main(["--resume", f"{parts}/last.pt"]) == 0
-    assert not list(Path(parts).glob("*.tmp"))
-    Path(f"{parts}/metrics.csv").unlink()  # as if killed before the last file was written
-    assert train.main(["--resume", f"{parts}/last.pt"]) == 0
+    argv += ["--output", str(parts)]
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
+    for function, number, action, step, result in (
+            ("augment", 3, send(signal.SIGINT), 3, 130),
+            ("augment", 4, send(signal.SIGHUP), 7, 129),
+            ("evaluate", 1, send(signal.SIGTERM), 10, 143),  # it stops at once
+            ("augment", 1, send(signal.SIGUSR1), 11, 138),
+            ("augment", 2, send(signal.SIGINT, signal.SIGINT), 11, "KeyboardInterrupt"),
+            ("augment", 4, full_disk, 11, "UserError: cannot write .*last.pt .*; the old files stay")):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, function, at_call(number, getattr(train, function), action))
+            try:
+                ended = train.main(argv)
+            except (KeyboardInterrupt, train.UserError) as error:
+                ended = f"{type(error).__name__}: {error}"
+            finally:
+                full_disk(resource.RLIM_INFINITY)
+        assert ended == result or re.match(str(result), ended)
+        assert torch.load(parts / "last.pt", weights_only=True)["step"] == step
+        assert f"--resume {parts}/last.pt" in capsys.readouterr().err or step == 11
+        assert not [*parts.glob("*.tmp")]
+        argv = ["--resume", str(parts / "last.pt")]
+        torch.rand(7)  # the random state at the time does not matter
+    signal.signal(signal.SIGHUP, former)
+    (parts / "last.pt.tmp").write_bytes(b"left by a killed run")
+    assert train.main(argv) == 0
+    (parts / "metrics.csv").unlink()  # as if killed before the last file was written
+    assert train.main(argv) == 0
     assert_same_run(whole, parts)
-    assert len(read_csv(f"{parts}/metrics.csv")) == 4
+    assert len(read_csv(parts / "metrics.csv")) == 4
 
 
-def test_changed_arguments_want_override(tmp_path, small_data, capsys):
-    last = str(tmp_path / "last.pt")
-    argv = [*QUICK, "--output", str(tmp_path)]
-    assert train.main([*argv, "--epochs", "1"]) == 0
-    for extra, message in (
-        (["--lr", "0.5"], "add --override:\n  --lr: was 0.001, now 0.5"),
-        (["--batch-size", "8", "--override"], "cannot go on with another --batch-size"),
-        (["--val-size", "9"], "cannot go on with another --val-size"),
-    ):
-        with pytest.raises(SystemExit):
-            train.main(["--resume", last, *extra])
-        assert message in capsys.readouterr().err
-    other = ["--epochs", "2", "--weight-decay", "0.5", "--override"]
-    assert train.main(["--resume", last, *other]) == 0
-    groups = torch.load(last, weights_only=True)["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
-    assert "note: 1 -> 2 epochs: the learning rate, 1.0e-06 so far, goes on with" in (
-        capsys.readouterr().err)
-    assert [row["epoch"] for row in read_csv(tmp_path / "metrics.csv")] == ["1", "2"]
-    with pytest.raises(SystemExit):
-        train.main(["--resume", last, "--epochs", "1", "--override"])
-    assert "--epochs: must be no less than have been trained" in capsys.readouterr().err
+@pytest.mark.parametrize("what", ["loss", "norm of the weights"])
+def test_a_number_that_is_none_ends_the_run(tmp_path, monkeypatch, small, what):
+    def poisoned(run, x, y):
+        step(run, x * math.nan if what == "loss" and run.step == 4 else x, y)
+        if what != "loss" and run.step == 6:  # after the last step of the second epoch
+            run.model.head.fc.bias.data[0] = math.inf
 
-
-def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch, small_data, capsys):
-    good = torch.save
-
-    def full(state, path):
-        Path(path).write_bytes(b"half a file")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def full_in_the_second_epoch(state, path):
-        (full if len(state["history"]) == 2 else good)(state, path)
-
-    monkeypatch.setattr(torch, "save", full_in_the_second_epoch)
-    argv = [*QUICK, "--epochs", "3", "--output"]
-    assert train.main([*argv, str(tmp_path / "a")]) == 0
-    assert capsys.readouterr().err.count("warning: cannot write") == 1
-
-    monkeypatch.setattr(torch, "save", at_call(2, good, lambda: monkeypatch.setattr(
-        torch, "save", full)))
-    with pytest.raises(train.UserError, match=r"could not write last.pt .* No space left"):
-        train.main([*argv, str(tmp_path / "b")])
-    assert capsys.readouterr().err.count("warning: cannot write") == 1
-    assert len(train.read_checkpoint(tmp_path / "b" / "last.pt")["history"]) == 2
-    assert not list((tmp_path / "b").glob("*.tmp"))
-
-
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, small_data):
-    def poison(args, data, x, labels, mix):
-        x, y = augment(args, data, x, labels, mix)
-        return (x * math.nan if next(steps) == 5 else x), y  # in the second epoch of three steps
-
-    augment, steps = train.augment, itertools.count(1)
-    monkeypatch.setattr(train, "augment", poison)
-    with pytest.raises(train.UserError, match=r"the loss became nan by step 3 of epoch 2, at lr "
-                                              r"\d.*, 2\.\d+ before: try"):
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(train.UserError, match=rf"the {what} became (nan|inf) by step 3 of epoch 2, "
+                                              r"at lr \d.*: try a lower --lr"):
         train.main([*QUICK, "--epochs", "3", "--output", str(tmp_path)])
-    state = train.read_checkpoint(tmp_path / "last.pt")
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
-
-
-@pytest.mark.parametrize("name", ["last.pt", "weights.safetensors"])
-def test_no_damage_to_a_file_goes_unnoticed(name, tmp_path, small_data):
-    """Bits flipped, a part cut off, overwritten or moved: refused, or the very same content."""
-    assert train.main([*QUICK, "--epochs", "1", "--output", str(tmp_path)]) == 0
-    whole, path = (tmp_path / name).read_bytes(), tmp_path / f"damaged-{name}"
-    (tmp_path / name).rename(path)
-    original = pickle.dumps(train.read_checkpoint(path))
-    refused = 0
-    for trial in range(60):
-        path.write_bytes(damage(whole, random.Random(trial)))
-        try:
-            assert pickle.dumps(train.read_checkpoint(path)) == original, trial
-        except train.UserError as error:
-            assert str(error).startswith(f"{path} (") and "\n" not in str(error)
-            refused += 1
-    assert refused > 40
 
 
 def damage(content, choose):
@@ -1150,237 +1322,315 @@ def damage(content, choose):
     kind, size = choose.randrange(4), len(content)
     at = choose.choice([choose.randrange(size), choose.randrange(min(size, 4000)),
                         size - 1 - choose.randrange(min(size, 4000))])
-    if kind == 0:
-        return content[:at] + bytes([content[at] ^ 1 << choose.randrange(8)]) + content[at + 1 :]
-    if kind == 1:
-        return content[:at]
-    if kind == 2:
-        return content[:at] + choose.randbytes(50) + content[at + 50 :]
-    return content[at:] + content[:at]
+    return {0: content[:at] + bytes([content[at] ^ 1 << choose.randrange(8)]) + content[at + 1 :],
+            1: content[:at], 2: content[:at] + choose.randbytes(50) + content[at + 50 :],
+            3: content[at:] + content[:at]}[kind]
 
 
-def test_the_surroundings_fail(tmp_path, monkeypatch, small_data):
-    argv = [*QUICK, "--epochs", "1", "--output", str(tmp_path / "run")]
-
-    for name, error, message in (
-        ("augment", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-         r"allocate 2.00 GiB.: --accumulate 2"),
-        ("batches", OSError(errno.ENOMEM, "Cannot allocate memory"), "memory: --accumulate 2"),
-        ("augment", RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n"
-                                 "RuntimeError: unable to allocate shared memory(shm)"),
-         r"\(shm\): .*--workers"),
-        ("SummaryWriter", OSError(errno.ENOSPC, "No space left on device"), "device: make room"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(train, name, Mock(side_effect=error))
-            with pytest.raises(train.UserError, match=message):
-                train.main(argv)
-    with train.claim(tmp_path / "run"), pytest.raises(train.UserError, match="another run"):
-        train.main(argv)
-    (tmp_path / "file").touch()
-    with pytest.raises(train.UserError, match="cannot write to --output .*file/run"):
-        train.main([*argv, "--output", str(tmp_path / "file" / "run")])
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as gone:  # python train.py | head
-        train.say("to nobody", gone)
-        train.say("to nobody", gone)
+@pytest.mark.parametrize("name", ["last.pt", "weights.safetensors"])
+def test_no_damage_to_a_file_goes_unnoticed(name, pretrained):
+    """Bits flipped, a part cut off, overwritten or moved: refused, or the very same content."""
+    path, refused = Path(pretrained).with_name(name), 0
+    whole, original = path.read_bytes(), plain(train.open_weights(str(path)))
+    for trial in range(200):
+        path.write_bytes(damage(whole, random.Random(trial)))
+        try:
+            assert plain(train.open_weights(str(path))) == original, trial
+        except train.UserError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            refused += 1
+    assert refused > 130
 
 
-def test_a_run_leaves_what_is_promised(tmp_path, small_data, capsys):
+def test_foreign_and_hostile_files(tmp_path, monkeypatch, small, capsys):
+    """No code runs; who uses our keys for other things does not pass for us."""
+    monkeypatch.chdir(tmp_path)
+    Path("zero.pt").touch()
+    network = create_convnext("atto", num_classes=10)
+    torch.save({"args": Malicious(), "made_by": train.MADE_BY}, "evil.pt")
+    torch.save({"model": {}}, "other.pt")
+    torch.save(create_convnext("atto", in_channels=1).state_dict(), "grey.pt")
+    torch.save({"model": network.state_dict(), "args": {"variant": "tiny", "img_size": 96}, "step": 3,
+                "classes": ["a"], "mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]}, "like.pt")
+    for flag, (name, reason) in itertools.product(
+            ("--resume", "--eval-only", "--init-from", "--teacher"),
+            (("zero.pt", "cannot read"), ("evil.pt", "GLOBAL"), ("other.pt", "no weights of a Con"),
+             ("grey.pt", "1 channels, not 3"))):
+        with pytest.raises(train.UserError, match=f"^{name}: .*{reason}"):
+            train.main(f"{flag} {name}".split() + QUICK * (flag == "--teacher"))
+    assert not Path("executed").exists()
+    capsys.readouterr()
+    source = train.open_weights("like.pt")
+    assert (source.images, source.notes) == (train.IMAGENET, {})
+    assert (source.network["variant"], source.network["patch_size"]) == ("atto", 4)
+    assert "note: like.pt does not say what images it expects" in capsys.readouterr().err
+    with pytest.raises(train.UserError, match="--resume takes last.pt, of this version"):
+        train.main("--resume like.pt".split())
+
+
+def test_a_run_leaves_what_is_promised(tmp_path, small, capsys):
     out = tmp_path / "a run"
-    assert train.main([*QUICK, "--epochs", "2", "--output", str(out)]) == 0
-    text = capsys.readouterr().out
+    argv = [*QUICK, "--epochs", "2", "--output", str(out)]
+    with train.FileLock(tmp_path / "a run" / ".lock") if out.mkdir() is None else None:
+        with pytest.raises(train.UserError, match="another run is writing to .*a run"):
+            train.main(argv)
+    assert train.main([*argv, "--tta"]) == 0
+    text, files = capsys.readouterr().out, {path.name for path in out.iterdir()}
     size = sum(p.numel() for p in meta("atto", num_classes=10, patch_size=4).parameters())
-    assert f"patch size 4: {size:,} parameters, 0.011 GMACs at 32x32" in text
+    assert f"patch size 4: {size:,} parameters, " in text
+    assert files - {".lock"} == {"args.json", "last.pt", "metrics.csv", "weights.safetensors"}
     rows = read_csv(out / "metrics.csv")
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert {"args.json", "last.pt", "weights.safetensors"} <= {p.name for p in out.iterdir()}
-    assert list(out.glob("events*")) and not list(out.glob("*.tmp"))
+    assert [row["epoch"] for row in rows] == ["1", "2"] and len(text.split("\nepoch ")) == 3
+    top1 = f"top-1 {float(rows[-1]['test_ema_top1']):.2f} %"
+    assert top1 in text and f"{out}/last.pt with mirror images: test loss" in text
 
-    model = create_convnext("atto", num_classes=10, patch_size=4).eval()
+    model = create_convnext("atto", num_classes=10, patch_size=4)
     load_weights(model, out / "weights.safetensors")
-    data = train.draw_shapes(1000, 32, seed=0)
-    saved = torch.load(out / "last.pt", weights_only=True)
-    x = train.normalize(
-        data.images / 255, torch.tensor(saved["mean"]), torch.tensor(saved["std"]))
-    top1 = 100 * (model(x).argmax(1) == data.labels).float().mean().item()
-    assert top1 == pytest.approx(float(rows[-1]["test_ema_top1"]), abs=5.1)  # of 20 images, bf16
+    saved, test = (torch.load(out / "last.pt", weights_only=True),
+                   train.draw_shapes(1000, 32, seed=0))
+    hits = logits_of(model, T.Normalize(saved["mean"], saved["std"])(
+        test.images / 255)).argmax(1) == test.labels
+    assert 100 * hits.float().mean() == pytest.approx(
+        float(rows[-1]["test_ema_top1"]), abs=5.1)  # of 20 images, perhaps in bf16
     for name in ("last.pt", "weights.safetensors"):
         assert train.main(["--eval-only", str(out / name)]) == 0
-        assert f"top-1 {float(rows[-1]['test_ema_top1']):.2f} %" in capsys.readouterr().out
-    with pytest.raises(train.UserError, match="holds a run already"):
-        train.main([*QUICK, "--epochs", "2", "--output", str(out)])
-    for argv, message in ((["--resume", str(out / "weights.safetensors")], "takes last.pt"),
-                          (["--eval-only", str(out / "last.pt"), "--variant", "tiny"],
-                           "cannot go on with another --variant:")):
-        with pytest.raises(SystemExit):
-            train.main(argv)
-        assert message in capsys.readouterr().err
+        assert top1 in capsys.readouterr().out
+    with pytest.raises(train.UserError, match="holds a run: give --resume .*last.pt, or another"):
+        train.main(argv)
 
 
-@pytest.fixture
-def pretrained(tmp_path, small_data):
-    """The weights of a short run with patches of 4, ten classes and statistics of its own."""
-    assert train.main([*QUICK, "--epochs", "1", "--output", str(tmp_path / "first")]) == 0
-    return str(tmp_path / "first" / "weights.safetensors")
+def test_held_out_images_choose_the_best(tmp_path, small, monkeypatch):
+    """And are not trained on. Of the averaged weights: the second epoch; of the raw ones, the last."""
+    scores = iter([1, 2, 2, 9, 3, 5])
+    good = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args, **more: good(*args, **more) | (
+        {"top1": next(scores)} if "stopped" in more else {}))
+    argv = [*QUICK, "--epochs", "3", "--val-size", "30", "--output", str(tmp_path)]
+    assert train.main(argv) == 0
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 4  # 70 images: 2 an epoch
+    data = train.prepare_data(settings(" ".join(argv)), torch.device("cpu"))
+    images = [{image.numpy().tobytes() for image in part.images} for part in (
+        data.train, data.val, train.draw_shapes(5000, 32, seed=1))]
+    assert not images[0] & images[1] and images[0] | images[1] == images[2]
 
 
-def test_the_recipe_for_fine_tuning(pretrained):
-    args = arguments("--init-from", pretrained, "--recipe", "finetune", "--batch-size", "256",
-                     "--epochs", "7", "--mixup", "0.3")
-    assert (args.variant, args.patch_size, args.img_size) == ("atto", 4, 32)  # of the weights
-    assert (args.lr, args.min_lr, args.weight_decay) == (2.5e-5, 5e-7, 1e-8)
-    assert (args.layer_decay, args.head_init_scale, args.ema_horizon) == (0.8, 0.001, 0)
-    assert (args.epochs, args.mixup, args.cutmix, args.warmup_epochs) == (7, 0.3, 0, 0)
-    for variant, rate in (("tiny", 0), ("small", 0.1), ("base", 0.2), ("large", 0.3),
-                          ("xlarge", 0.4), ("v2_base", 0.2)):
-        args = arguments("--init-from", pretrained, "--recipe", "finetune", "--variant", variant)
-        assert args.drop_path == rate
-    assert arguments("--init-from", pretrained).layer_scale == 1e-6
-    assert arguments("--variant", "v2_atto").layer_scale == 0
+def test_printing_ends_no_run_and_mistakes_are_one_line(tmp_path):
+    """A full disk under the log, nobody behind it, names that a terminal lacks."""
+    root = make_folder(tmp_path / "data", ("ünï 😀", "b"))
+    train_py = f"exec {sys.executable} {HERE / 'train.py'}"
+    line = (f"{train_py} --variant atto --dataset folder --data-dir {root} --patch-size 4 --epochs 1 "
+            "--batch-size 4 --device cpu --workers 0 --output")
+    (tmp_path / "file").touch()
+    programs = [subprocess.Popen(
+        ["sh", "-c", command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
+        for command in (f"{line} full >/dev/full 2>/dev/full", f"{line} closed >&- 2>&-",
+                        f"({line} nobody) | true", f"{line} ascii", f"{line} file/run",
+                        f"{train_py} --resume none.pt")]
+    results = [(*program.communicate(timeout=60), program.returncode) for program in programs]
+    for name, (out, err, code) in zip(("full", "closed", "nobody", "ascii"), results):
+        assert (tmp_path / name / "weights.safetensors").exists() and code == 0, err
+        assert "Traceback" not in err and (name != "ascii") | (r"(b, \xfcn\xef \U0001f600)" in out)
+    assert re.fullmatch(r"train.py: error: .*file/run.*\n", results[4][1]) and results[4][2] == 1
+    assert results[5] == ("", "train.py: error: there is no checkpoint none.pt\n", 1)
 
 
-def test_fine_tuning_on_other_classes(tmp_path, pretrained, capsys):
-    root = make_folder(tmp_path / "data")
-    argv = ["--init-from", pretrained, "--dataset", "folder", "--data-dir", str(root), "--epochs",
-            "2", "--lr", "0.01", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
-    assert train.main([*argv, "--recipe", "finetune", "--output", str(tmp_path / "a")]) == 0
-    assert ("126 of 128 parameters loaded, from the layout 'ours'; kept as they were: "
-            "head.fc.weight is for other classes there, head.fc.bias is for other classes there\n"
-            ) in capsys.readouterr().out
-    state, first = train.read_checkpoint(tmp_path / "a" / "last.pt"), load_file(pretrained)
-    settings = convnext.read_weights(pretrained).settings
-    assert (state["mean"], state["std"]) == (settings["mean"], settings["std"])
-    moved = {name: (state["model"][name] - tensor).abs().max() / tensor.abs().max()
-             for name, tensor in first.items() if name.endswith("dwconv.weight")}
-    assert 0 < moved["stages.0.0.dwconv.weight"] < moved["stages.3.1.dwconv.weight"]
-
-    assert train.main([*argv, "--freeze-backbone", "--output", str(tmp_path / "b")]) == 0
-    state = train.read_checkpoint(tmp_path / "b" / "last.pt")
-    for name, tensor in state["model"].items():
-        if name.startswith("head.fc."):
-            assert tensor.abs().max() > 0.01
-        else:
-            assert torch.equal(tensor, first[name]), name
-    assert state["args"]["drop_path"] == 0
-    with pytest.raises(train.UserError, match="--freeze-backbone would leave untrained .* down"):
-        train.main([*argv, "--freeze-backbone", "--patch-size", "2", "--output",
-                    str(tmp_path / "c")])
-
-    capsys.readouterr()
-    (root / "train" / "a dog").rename(root / "train" / "wolf")
-    (root / "val" / "a dog").rename(root / "val" / "wolf")
-    assert train.main([*argv, "--init-from", str(tmp_path / "a" / "weights.safetensors"),
-                       "--output", str(tmp_path / "d")]) == 0
-    assert "126 of 128 parameters loaded" in capsys.readouterr().out  # two other classes
+# --- Data ---------------------------------------------------------------------------------------
 
 
-def test_a_distilled_run(tmp_path, pretrained, monkeypatch, capsys):
-    """A teacher without a say changes nothing; resumed it is the same; its copy has no loss."""
-    argv = [*QUICK, "--epochs", "2", "--batch-size", "16", "--layer-decay", "0.8",
-            "--init-from", pretrained]
-    teach = [*argv, "--teacher", pretrained, "--distill-alpha"]
-    runs = {name: str(tmp_path / name) for name in ("plain", "silent", "half", "parts", "copy")}
-    assert train.main([*argv, "--output", runs["plain"]]) == 0
-    assert train.main([*teach, "0", "--output", runs["silent"]]) == 0
-    assert_same_run(runs["plain"], runs["silent"])
-    assert train.main([*teach, "0.5", "--output", runs["half"]]) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "augment", at_call(
-            8, train.augment, lambda: signal.raise_signal(signal.SIGINT)))
-        assert train.main([*teach, "0.5", "--output", runs["parts"]]) == 130
-    assert train.main(["--resume", f"{runs['parts']}/last.pt"]) == 0
-    assert_same_run(runs["half"], runs["parts"])
-    losses = [[float(row["train_loss"]) for row in read_csv(f"{run}/metrics.csv")]
-              for run in (runs["plain"], runs["half"])]
-    assert losses[0] != losses[1]
-    assert train.main([*teach, "1", "--lr", "1e-9", "--min-lr", "0", "--drop-path", "0",
-                       "--output", runs["copy"]]) == 0
-    assert float(read_csv(f"{runs['copy']}/metrics.csv")[0]["train_loss"]) < 1e-3
-    root = make_folder(tmp_path / "data")
-    with pytest.raises(train.UserError, match=r"on other classes: disk, .* \(10\), here a dog, b"):
-        train.main([*teach, "1", "--dataset", "folder", "--data-dir", str(root), "--output",
-                    str(tmp_path / "other")])
+def make_folder(root, classes=("b cat", "a dog"), splits=("train", "val")):
+    generator = np.random.default_rng(0)
+    for split, (label, name) in itertools.product(splits, enumerate(classes)):
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        for i, mode in enumerate(("RGB", "L", "P", "CMYK", "RGB", "RGBA")):
+            pixels = generator.integers(0, 100, (40 + 9 * i, 70 - 5 * i, 3)) + 100 * label
+            image = PIL.Image.fromarray(pixels.astype(np.uint8)).convert(mode)
+            image.save(folder / f"ünï {i}.{'jpg' if mode in ('L', 'CMYK') else 'png'}")
+    return root
 
 
-def test_the_teacher_sees_its_own_normalisation(pretrained):
-    args = arguments("--dataset", "synthetic", "--teacher", pretrained)
-    data = train.draw_shapes(20, 32, seed=1)
-    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
-    teacher = train.load_teacher(args, train.Data(data, None, data, data.classes, mean, std))
-    settings = convnext.read_weights(pretrained).settings
-    x = data.images / 255
-    expected = from_checkpoint(pretrained)(train.normalize(
-        x, torch.tensor(settings["mean"]), torch.tensor(settings["std"])))
-    torch.testing.assert_close(teacher(train.normalize(x, mean, std)), expected,
-                               atol=1e-4, rtol=1e-4)
+def of_folder(root, size=32, more=""):
+    return [*QUICK, "--dataset", "folder", "--data-dir", str(root), "--batch-size", "4", "--epochs", "1",
+            "--img-size", str(size), "--workers", str(size // 96), *more.split()]
 
 
-def test_published_weights_are_evaluated_as_timm_does(tmp_path, capsys):
-    root = make_folder(tmp_path / "data")
-    network = randomise(timm.create_model("convnext_atto", num_classes=2))
-    weights = str(tmp_path / "timm.safetensors")
-    save_file(network.state_dict(), weights, {"format": "pt"})
-    assert train.main(["--eval-only", weights, "--dataset", "folder", "--amp",
-                       "off", "--data-dir", str(root), "--img-size", "96", "--workers", "0"]) == 0
-    cut = timm.data.create_transform(96, interpolation="bicubic", crop_pct=0.875)
-    images = torchvision.datasets.ImageFolder(root / "val", cut)
-    x, labels = torch.stack([x for x, _ in images]), torch.tensor(images.targets)
-    logits = logits_of(network, x)
-    loss, top1 = F.cross_entropy(logits, labels), 100 * (logits.argmax(1) == labels).float().mean()
-    assert f"test loss {loss:.4f}  top-1 {top1:.2f} %" in capsys.readouterr().out
-    for argv, message in (
-            (["--dataset", "synthetic"], "timm.safetensors has 2 classes; here are 10: disk, "),
-            ([], "imagenet could not be loaded .* use --dataset folder")):
-        with pytest.raises(train.UserError, match=message):
-            train.main(["--eval-only", weights, "--data-dir", str(tmp_path), *argv])
-    grey = create_convnext("atto", num_classes=2, in_channels=1).state_dict()
-    part = {name: t for name, t in network.state_dict().items() if name != "stem.1.weight"}
-    for content, message in ((grey, r"grey.pth: these .*0.0.weight is \(40, 1, 4, 4\) there"),
-                             (part, "grey.pth: these .*layers.0.1.weight is missing there")):
-        torch.save(content, tmp_path / "grey.pth")
-        with pytest.raises(train.UserError, match=message):
-            train.main(["--eval-only", str(tmp_path / "grey.pth"), "--dataset", "folder",
-                        "--data-dir", str(root), "--img-size", "96", "--workers", "0"])
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_folder_of_mixed_images(tmp_path, small, capsys, size):
+    root = make_folder(tmp_path / "my data")
+    argv = of_folder(root, size, "--ema-horizon 0 --val-size 2")
+    assert train.main([*argv, "--output", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert "10 training + 2 held-out + 12 test images, 2 classes (a dog, b cat)" in text
+    good = (root / "train" / "a dog" / "ünï 0.png").read_bytes()
+    for name, content in (("empty.png", b""), ("text.png", b"no image"), ("cut.png", good[:900])):
+        (root / "train" / "a dog" / name).write_bytes(content)
+    with pytest.raises(train.UserError, match=r"^cannot read the image .*(empty|text|cut).png \(.*ski"):
+        train.main([*argv, "--output", str(tmp_path / "other")])
+    assert train.main([*argv, "--skip-bad", "--output", str(tmp_path / "good")]) == 0
+    note = capsys.readouterr().err
+    assert "left out 3 of 15 images, unreadable: " in note and "cut.png" in note
+    assert "left out 0 of 12 images, unreadable: none" in note
 
 
-def test_bad_weights_are_refused(tmp_path, pretrained, capsys):
-    other = str(tmp_path / "other.pth")
-    torch.save(timm.create_model("convnext_tiny_hnf").state_dict(), other)
-    for argv, message in (
-            (["--init-from", "none.pth"], "there is no checkpoint none.pth"),
-            (["--init-from", other], "other.pth: these are the weights of timm's `_hnf`"),
-            (["--eval-only", other], "other.pth: these are the weights of timm's `_hnf`"),
-            (["--init-from", "timm:convnext_teeny"], "^timm:convnext_teeny: timm has no"),
-            (["--teacher", other, "--dataset", "synthetic", "--output", str(tmp_path / "x")],
-             "other.pth: these are the weights of timm's `_hnf`"),
-            (["--init-from", pretrained, "--variant", "tiny", "--dataset", "synthetic", "--output",
-              str(tmp_path / "x")], "weights.safetensors: these weights do not fit the model: ")):
-        with pytest.raises(train.UserError, match=message):
-            train.main(argv)
-    for argv, message in ((["--recipe", "finetune"], "need weights: --init-from SOURCE"),
-                          (["--freeze-backbone"], "need weights: --init-from SOURCE"),
-                          (["--init-from", ""], "--init-from: must not be empty"),
-                          (["--eval-only", other, "--teacher", other], "trains nothing"),
-                          (["--eval-only", other, "--init-from", other], "not allowed with"),
-                          (["--distill-alpha", "0.3"], "need a --teacher")):
-        with pytest.raises(SystemExit):
-            train.main(argv)
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "x").exists()
+@pytest.mark.parametrize("size", [32, 96])
+def test_other_images_are_refused_by_resume(tmp_path, small, size):
+    """They would be split anew into training and held-out images. Another place is fine."""
+    root, last = make_folder(tmp_path / "data"), str(tmp_path / "run" / "last.pt")
+    argv = of_folder(root, size, "--val-size 4 --skip-bad")
+    assert train.main([*argv, "--output", str(tmp_path / "run")]) == 0
+    for name, change in (
+            ("moved", lambda path: None), ("deleted", lambda path: path.unlink()),
+            ("damaged", lambda path: path.write_bytes(b"")),
+            ("renamed", lambda path: path.rename(path.with_name("z.png"))),
+            ("another class", lambda path: path.rename(path.parents[1] / "b cat" / "z.png")),
+            ("class renamed", lambda path: path.parent.rename(path.parents[1] / "wolf")),
+            ("other content", lambda path: PIL.Image.new("RGB", (50, 50)).save(path))):
+        copied = shutil.copytree(root, tmp_path / name)
+        for split in ("train", "val") if name == "class renamed" else ("train",):
+            change(copied / split / "a dog" / "ünï 2.png")
+        try:
+            assert train.main(["--resume", last, "--data-dir", str(copied)]) == 0
+            accepted = True
+        except train.UserError as error:
+            accepted = "--resume needs the training images that the run began with" not in str(error)
+        # in memory the order of images and their contents count, else their names
+        assert accepted == (name in ("moved", "renamed" if size == 32 else "other content")), name
+
+
+def test_nothing_in_a_folder_disappears_or_is_doubled(tmp_path, monkeypatch, capsys):
+    root = make_folder(tmp_path / "data", splits=("train",)) / "train"
+    cats, recipe = root / "b cat", settings(" ".join(of_folder(tmp_path / "data")))
+    make_folder(tmp_path / "elsewhere", ("wolf",), ("train",))
+    (root / "wolf").symlink_to(tmp_path / "elsewhere" / "train" / "wolf")
+    expected = {path for path in root.rglob("*.*")} | {*(root / "wolf").iterdir()}
+    for place in (".ipynb_checkpoints", "@eaDir", "more/deeper"):
+        (cats / place).mkdir(parents=True)
+        shutil.copy(cats / "ünï 0.png", cats / place / "again.png")
+    (root / ".hidden").mkdir()
+    (cats / "parent").symlink_to(root)
+    for name in ("a.jfif", "b.jpe", "c.GIF", "d.webp", "more/e.bmp", "more/f.ppm"):
+        PIL.Image.new("RGB", (9, 9)).save(cats / name)
+    for path in (cats / "labels.txt", cats / ".DS_Store", cats / "._a.png", root / "stray.png"):
+        path.touch()
+    data = train.load_split(settings(" ".join(of_folder(tmp_path / "data", 96))), train=True)
+    expected |= {cats / name for name in ("a.jfif", "b.jpe", "c.GIF", "d.webp", "more/e.bmp",
+                                          "more/f.ppm", "more/deeper/again.png")}
+    assert len(data) == 25 and {*map(Path, data.images)} == expected
+    assert data.classes == ["a dog", "b cat", "wolf"]
+    assert [Path(path).relative_to(root).parts[0] for path in data.images] == [
+        data.classes[label] for label in data.labels]
+    note = capsys.readouterr().err
+    for count in ("1 .ipynb_checkpoints/", "1 @eaDir/", "1 parent/", "1 .hidden/", "1 *.txt",
+                  "1 *.DS_Store", "2 *.png"):
+        assert count in note, note
+    scan = os.scandir
+
+    def locked(place):  # the superuser enters every folder
+        if str(place).endswith("deeper"):
+            raise PermissionError(errno.EACCES, "Permission denied", place)
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(train.UserError, match=r"cannot read the folder .*more/deeper \(Permission den"):
+        train.load_split(recipe, train=True)
+
+
+def test_pictures_are_read_as_a_viewer_shows_them(tmp_path):
+    rng = np.random.default_rng(0)
+    rgb, alpha = rng.integers(0, 256, (2, 5, 7, 3), np.uint8)
+    grey16, alpha = rng.integers(0, 65536, (5, 7), np.uint16), alpha[..., 0]
+    grey, white, exif = (grey16 // 256).astype(np.uint8), np.full((5, 7), 255, np.uint8), PIL.Image.Exif()
+    exif[0x0112] = 6  # the top is on the right: to be turned clockwise
+    on_white = np.rint((rgb * (alpha / 255)[..., None] + (255 - alpha[..., None]))).astype(int)
+    black = PIL.Image.fromarray(np.dstack([0 * white] * 3 + [white * (alpha > 99)]))
+    drawing = np.where(alpha > 99, 0, 255)
+    for number, (picture, kind_, options, expected) in enumerate((
+            (grey16, "png", {}, grey), (grey16, "tif", {}, grey), (grey16, "ppm", {}, grey),
+            (grey16.astype(">u2"), "tif", {}, grey), (grey, "png", {}, grey),
+            (grey16, "tif", {"exif": exif}, np.rot90(grey, -1)),
+            (grey16, "png", {"exif": exif}, np.rot90(grey, -1)),
+            (rgb, "png", {"exif": exif}, np.rot90(rgb, -1)),
+            (rgb, "tif", {"exif": exif}, np.rot90(rgb, -1)),
+            (np.dstack([rgb, alpha]), "png", {}, on_white), (np.dstack([rgb, alpha]), "tif", {}, on_white),
+            (black, "png", {}, drawing), (black.convert("LA"), "png", {}, drawing),
+            (black.quantize(4), "png", {}, drawing), (black, "gif", {}, drawing),
+            (rgb, "png", {"transparency": tuple(rgb[0, 0].tolist())}, np.where(
+                (rgb == rgb[0, 0]).all(2, keepdims=True), 255, rgb)),
+            (grey > 99, "png", {}, np.where(grey > 99, 255, 0)))):
+        path = tmp_path / f"{number}.{kind_}"
+        (picture if isinstance(picture, PIL.Image.Image) else PIL.Image.fromarray(picture)).save(
+            path, **options)
+        expected = expected if expected.ndim == 3 else np.dstack([expected] * 3)
+        shown = np.asarray(train.as_shown(str(path))).astype(int)
+        assert shown.shape == expected.shape and abs(shown - expected).max() <= 1, path
+    for number, type_ in enumerate((np.float32, np.int32)):
+        PIL.Image.fromarray(grey16.astype(type_)).save(tmp_path / f"deep {number}.tif")
+        data = train.Images([str(tmp_path / f"deep {number}.tif")], torch.zeros(1), [],
+                            train.evaluation_cut(32, None))
+        assert f"deep {number}.tif (which of its 32-bit" in str(data[[0]])
+
+
+@pytest.mark.parametrize("classes", [[str(i) for i in range(1, 13)], [*"abcdefghijkl"]])
+def test_the_order_of_classes(tmp_path, small, capsys, classes):
+    """It comes with our weights; with others', the one that is assumed is said, loudly if unclear."""
+    root = make_folder(tmp_path / "data", classes)
+    weights, turned = str(tmp_path / "timm.pth"), str(tmp_path / "turned.pt")
+    torch.save(export_state_dict(create_convnext("atto", num_classes=12), "timm"), weights)
+    argv = of_folder(root)
+    note = (f"timm.pth does not name its classes; assumed are 0 = {classes[0]}, 1 = "
+            f"{sorted(classes)[1]}, ..., 11 = {sorted(classes)[-1]}")
+    warning = ". WARNING: timm sorts them 1, 2, 3, 4, ...; if" if "12" in classes else "\n"
+    for line in (["--eval-only", weights, *argv[2:4], *argv[10:], "--img-size", "32"],
+                 [*argv, "--teacher", weights, "--output", str(tmp_path / "run")],
+                 [*argv, "--init-from", weights, "--output", str(tmp_path / "run 2")]):
+        if "--eval-only" in line:
+            line = ["--eval-only", weights, "--dataset", "folder", "--data-dir", str(root),
+                    "--img-size", "32"]
+        assert train.main(line) == 0
+        assert note + warning in capsys.readouterr().err
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert state["classes"] == sorted(classes)
+    torch.save(state | {"classes": sorted(classes)[::-1]}, turned)
+    for path, other_way in ((str(tmp_path / "run" / "last.pt"), False), (turned, True)):
+        assert train.main(["--eval-only", path]) == 0
+        out, err = capsys.readouterr()
+        model, data = from_checkpoint(path), train.load_split(settings(f"--eval-only {path}"), False)
+        labels = 11 - data.labels if other_way else data.labels
+        logits = logits_of(model, T.Normalize(state["mean"], state["std"])(data.images / 255))
+        loss = float(re.search("test loss ([0-9.]+)", out)[1])
+        assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), abs=0.01)
+        assert "assumed" not in err
+    with pytest.raises(train.UserError, match="turned.pt has other classes or another order: [l9]"):
+        train.main([*argv, "--teacher", turned, "--output", str(tmp_path / "run 3")])
+
+
+def test_classes_are_matched_by_name(tmp_path, capsys):
+    root = make_folder(tmp_path)
+    recipe = settings(" ".join(of_folder(root)))
+    shutil.copytree(root / "val" / "a dog", root / "val" / "cow")
+    shutil.move(root / "val" / "a dog", root / "gone")
+    val = train.load_split(recipe, train=False, classes=["cow", "a dog", "b cat"])
+    assert {*val.labels.tolist()} == {0, 2} and "has no images of a dog" in capsys.readouterr().err
+    for image in (root / "train" / "a dog").iterdir():
+        image.unlink()
+    with pytest.raises(train.UserError, match="train must have images of every class"):
+        train.load_split(recipe, train=True)
+    assert "has no images of a dog" in capsys.readouterr().err
+    with pytest.raises(train.UserError, match="classes that training does not have: cow"):
+        train.load_split(recipe, train=False, classes=["a dog", "b cat"])
+    with pytest.raises(train.UserError, match="--data-dir nowhere has no folder train, with one fold"):
+        train.load_split(settings("--dataset folder --data-dir nowhere"), train=True)
 
 
 def test_data_sets_of_torchvision(tmp_path, monkeypatch):
-    for split in ("train", "val"):
-        for wnid in ("n02", "n01"):
-            (tmp_path / split / wnid).mkdir(parents=True)
-            PIL.Image.new("L", (50, 40)).save(tmp_path / split / wnid / "a.JPEG")
+    for split, wnid in itertools.product(("train", "val"), ("n02", "n01")):
+        (tmp_path / split / wnid).mkdir(parents=True)
+        PIL.Image.new("L", (50, 40)).save(tmp_path / split / wnid / "a.JPEG")
     torch.save(({"n01": ("crane", "bird"), "n02": ("crane", "machine")}, []), tmp_path / "meta.bin")
-    args = arguments("--dataset", "imagenet", "--data-dir", str(tmp_path), "--img-size", "96")
-    data = train.load_split(args, train=False)
-    assert data.classes == ["n01", "n02"] and [label for _, label in data.samples] == [0, 1]
-    assert data[1][0].shape == (3, 96, 96)
+    data = train.load_split(settings(f"--dataset imagenet --data-dir {tmp_path} --img-size 96"), False)
+    assert data.classes == ["n01", "n02"] and data.labels.tolist() == [0, 1]
+    assert data[[1, 0]][0].shape == (2, 3, 96, 96) and data[[1, 0]][1].tolist() == [1, 0]
 
     class Fake(torchvision.datasets.FakeData):
         classes, targets = [f"class {i}" for i in range(100)], [3, 1, 2]
@@ -1390,142 +1640,126 @@ def test_data_sets_of_torchvision(tmp_path, monkeypatch):
             super().__init__(3, (3, 32, 32), 100)
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", Fake)
-    for size, kind in ((32, train.InMemory), (40, train.InMemory), (96, train.Pictures)):
-        data = train.load_split(arguments("--dataset", "cifar100", "--img-size", str(size),
-                                          "--workers", "0"), train=True)
-        assert isinstance(data, kind) and len(data.classes) == 100 and len(data) == 3
-        assert data[[0] if kind is train.InMemory else 0][0].shape[-3:] == (3, size, size)
+    for size in (32, 40, 96):
+        data = train.load_split(settings(f"--dataset cifar100 --img-size {size} -j 0"), train=True)
+        images, labels = data[[0, 2]]
+        assert isinstance(data.images, torch.Tensor) == (size < 65) and len(data.classes) == 100
+        assert images.shape == (2, 3, size, size) and (images == 7).all() and labels.tolist() == [3, 2]
 
     food = tmp_path / "food-101"
-    (food / "meta").mkdir(parents=True)
+    for folder in ("meta", "images/apple_pie"):
+        (food / folder).mkdir(parents=True)
     for split in ("train", "test"):
         (food / "meta" / f"{split}.json").write_text('{"apple_pie": ["apple_pie/1"]}')
-    (food / "images" / "apple_pie").mkdir(parents=True)
     PIL.Image.new("RGB", (50, 40)).save(food / "images" / "apple_pie" / "1.jpg")
-    args = arguments("--dataset", "food101", "--data-dir", str(tmp_path), "--img-size", "96")
-    data = train.load_split(args, train=True)
-    assert data[0][0].shape == (3, 96, 96) and data.classes == ["apple_pie"]
+    line = f"--dataset food101 --data-dir {tmp_path} --img-size 96 -j 0"
+    data = train.load_split(settings(line), train=True)
+    assert data[[0]][0].shape == (1, 3, 96, 96) and data.classes == ["apple_pie"]
     (food / "images" / "apple_pie" / "1.jpg").unlink()
-    with pytest.raises(train.UserError, match="cannot read the image number 0 of food101 .*1.jpg"):
-        train.load_split(args, train=True)[0]
-    assert len(train.load_split(arguments("--dataset", "food101", "--data-dir", str(tmp_path),
-                                          "--img-size", "96", "--skip-bad"), train=True)) == 0
+    assert re.match("cannot read the image .*apple_pie/1.jpg", str(data[[0]]))
+    assert len(train.load_split(settings(f"{line} --skip-bad"), train=True)) == 0
 
-
-def test_held_out_images_are_not_trained_on(small_data):
-    args = arguments(*QUICK, "--val-size", "30")
-    data = train.prepare_data(args, torch.device("cpu"))
-    assert len(data.train) == 70 and len(data.val) == 30
-    assert not set(data.train.indices) & set(data.val.indices)
-
-
-def make_folder(root, classes=("b cat", "a dog"), splits=("train", "val")):
-    generator = np.random.default_rng(0)
-    for split in splits:
-        for label, name in enumerate(classes):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i, mode in enumerate(("RGB", "L", "P", "CMYK", "RGB", "RGBA")):
-                pixels = generator.integers(0, 100, (40 + 9 * i, 70 - 5 * i, 3)) + 100 * label
-                image = PIL.Image.fromarray(pixels.astype(np.uint8)).convert(mode)
-                image.save(folder / f"ünï {i}.{'jpg' if mode in ('L', 'CMYK') else 'png'}")
-    (root / "train" / ".hidden").mkdir(exist_ok=True)
-    return root
-
-
-@pytest.mark.parametrize("size", [32, 96])
-def test_a_folder_of_mixed_images(tmp_path, capsys, size):
-    root = make_folder(tmp_path / "my data")
-    argv = ["--variant", "atto", "--dataset", "folder", "--data-dir", str(root), "--epochs", "1",
-            "--img-size", str(size), "--batch-size", "4", "--workers", str(size // 96),
-            "--device", "cpu", "--patch-size", "4", "--ema-horizon", "0"]
-    assert train.main([*argv, "--output", str(tmp_path / "run"), "--val-size", "2"]) == 0
-    text = capsys.readouterr().out
-    assert "10 training + 2 held-out + 12 test images, 2 classes (a dog, b cat, ...)" in text
-    good = (root / "train" / "a dog" / "ünï 0.png").read_bytes()
-    for name, content in (("empty.png", b""), ("text.png", b"no image"), ("cut.png", good[:900])):
-        (root / "train" / "a dog" / name).write_bytes(content)
-    with pytest.raises(train.UserError, match="cannot read the image .*(empty|text|cut).png"):
-        train.main([*argv, "--output", str(tmp_path / "other")])
-    assert len(train.load_split(arguments(*argv, "--skip-bad"), train=True)) == 12
-    note = capsys.readouterr().err
-    assert "left out 3 of 15 images: " in note and "cut.png" in note
-
-
-def test_a_worker_is_killed(tmp_path, monkeypatch):
-    root = make_folder(tmp_path / "data")
-    monkeypatch.setattr(train.Pictures, "read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(train.UserError, match="DataLoader worker .*fewer --workers"):
-        train.main(["--dataset", "folder", "--data-dir", str(root), "--img-size", "96",
-                    "--workers", "1", "--device", "cpu", "--output", str(tmp_path / "run")])
-
-
-def test_classes_are_matched_by_name(tmp_path, capsys):
-    root = make_folder(tmp_path)
-    args = arguments("--dataset", "folder", "--data-dir", str(root))
-    (root / "val" / "a dog").rename(root / "gone")
-    val = train.load_split(args, train=False, classes=["a dog", "b cat"])
-    assert set(val.labels.tolist()) == {1} and "has no images of a dog" in capsys.readouterr().err
-    for image in (root / "train" / "a dog").iterdir():
-        image.unlink()
-    with pytest.raises(train.UserError, match="train has no images of a dog"):
-        train.load_split(args, train=True)
-    (root / "gone").rename(root / "val" / "wolf")
-    with pytest.raises(train.UserError, match="classes that training has not: wolf"):
-        train.load_split(args, train=False, classes=["a dog", "b cat"])
-
-
-def test_cifar10_without_a_network(tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
-    with pytest.raises(train.UserError, match="Put cifar-10-python.tar.gz .* into data/, or use "
-                                              "--dataset folder .* or --dataset synthetic"):
+    offline = Mock(side_effect=urllib.error.URLError("no route"))
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    with pytest.raises(train.UserError, match="cifar10 could not be loaded .*no route.* Put its archive "
+                                              "into data/ .*, or use --dataset folder or synthetic"):
         train.main(["--device", "cpu", "--output", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    ("--vairant tiny", "unrecognized arguments: --vairant"),
-    ("--mix 0.5", "unrecognized arguments: --mix"),
-    ("--variant teeny", "invalid choice: 'teeny'"),
-    ("--lr 0", "--lr: must be a number in (0, inf)"), ("--lr nan", "--lr: must be a number in"),
-    ("--lr inf", "not 'inf'"), ("--epochs 0", "--epochs: must be a whole number in [1, inf)"),
-    ("--epochs 1.5", "not '1.5'"), ("--drop_path 1", "--drop-path: must be a number in [0, 1)"),
-    ("--random-erase 1.1", "must be a number in [0, 1], not '1.1'"),
-    ("--warmup-epochs 3 --epochs 3", "--warmup-epochs: must be below --epochs, 3"),
-    ("--img-size 8", "--img-size: must be 16 or more at this --patch-size"),
-    ("--resume a --eval-only b", "--eval-only: not allowed with argument --resume"),
-    ("--accumulate 9 -b 8", "--accumulate: must be up to 8, a batch")])
-def test_bad_arguments_are_refused_with_the_range(argv, message, capsys):
-    with pytest.raises(SystemExit) as error:
-        train.main(argv.split())
-    assert error.value.code == 2 and message in capsys.readouterr().err
+# --- Other networks -----------------------------------------------------------------------------
 
 
-def test_bad_checkpoints_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(train.UserError, match="there is no checkpoint none.pt"):
-        train.main(["--resume", "none.pt"])
-    Path("zero.pt").touch()
-    torch.save({"args": Malicious()}, "evil.pt")
-    torch.save({"model": {}}, "other.pt")
-    for flag, name in itertools.product(("--resume", "--eval-only"),
-                                        ("zero.pt", "evil.pt", "other.pt")):
-        message = rf"{name} \(.* is not a complete checkpoint"
-        if (flag, name) == ("--eval-only", "other.pt"):
-            message = "other.pt: these are no weights of a ConvNeXt"
+def test_fine_tuning_on_other_classes(tmp_path, pretrained, capsys):
+    root = make_folder(tmp_path / "data")
+    argv = ["--init-from", pretrained, "--dataset", "folder", "--data-dir", str(root), "--epochs",
+            "2", "--lr", "0.01", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
+
+    def fine_tune(name, *more):
+        capsys.readouterr()
+        assert train.main([*argv, *more, "--output", str(tmp_path / name)]) == 0
+        return torch.load(tmp_path / name / "last.pt", weights_only=True), capsys.readouterr().out
+
+    state, text = fine_tune("a", "--recipe", "finetune")
+    first, theirs = load_file(pretrained), train.open_weights(pretrained).images
+    assert (state["mean"], state["std"]) == (theirs["mean"], theirs["std"])
+    assert "head.fc.weight" in text  # the new one is named
+    moved = [(state["model"][name] - tensor).abs().max() / tensor.abs().max()
+             for name, tensor in first.items() if name.endswith("dwconv.weight")]
+    assert 0 < moved[0] < moved[-1]
+
+    for more in ((), ("--optimizer", "muon")):
+        state, _ = fine_tune(f"frozen{len(more)}", "--freeze-backbone", *more)
+        for name, tensor in state["model"].items():
+            if name.startswith("head.fc."):
+                assert tensor.abs().max() > 0.01
+            else:
+                assert torch.equal(tensor, first[name]), name
+        assert state["args"]["drop_path"] == 0
+    with pytest.raises(train.UserError, match="--freeze-backbone would not train .*: downsample_la"):
+        train.main([*argv, "--freeze-backbone", "--patch-size", "2", "--output", str(tmp_path / "c")])
+
+    argv[1] = str(tmp_path / "a" / "weights.safetensors")
+    state, text = fine_tune("the same classes", "--lr", "1e-9", "--min-lr", "0")
+    assert "head.fc.weight" not in text
+    torch.testing.assert_close(state["model"]["head.fc.weight"], load_file(argv[1])["head.fc.weight"])
+    for split in ("train", "val"):
+        (root / split / "a dog").rename(root / split / "wolf")
+    _, text = fine_tune("two other classes")
+    assert "head.fc.weight" in text
+
+
+def test_a_distilled_run(tmp_path, pretrained):
+    """A teacher without a say changes nothing; a copy of it has no loss; its classes are ours."""
+    argv = [*QUICK, "--epochs", "2", "--layer-decay", "0.8", "--init-from", pretrained]
+    teach = [*argv, "--teacher", pretrained, "--distill-alpha"]
+    runs = {name: str(tmp_path / name) for name in ("plain", "silent", "half", "copy")}
+    for name, line in (("plain", argv), ("silent", [*teach, "0"]), ("half", [*teach, "0.5"]),
+                       ("copy", [*teach, "1", "--lr", "1e-9", "--min-lr", "0", "--drop-path", "0"])):
+        assert train.main([*line, "--output", runs[name]]) == 0
+    plain_, silent, half, copied = (
+        [float(row["train_loss"]) for row in read_csv(f"{run}/metrics.csv")] for run in runs.values())
+    assert plain_ == silent != half and copied[0] < 1e-3
+    with pytest.raises(train.UserError, match=r"classes or another order: disk, .* \(10\), here a dog"):
+        train.main([*of_folder(make_folder(tmp_path / "data")), *teach[-3:], "1", "--output", "none"])
+    with pytest.raises(train.UserError, match="weights.safetensors takes images of 32 or more pixels"):
+        train.main([*QUICK, "--patch-size", "2", "--start-size", "16", *teach[-3:], "1", "--output",
+                    "none"])
+
+
+def test_the_teacher_sees_its_own_normalisation(pretrained):
+    data, source = train.draw_shapes(1000, 32, seed=1), train.open_weights(pretrained)
+    mean, std, x = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7]), data.images / 255
+    teacher = train.load_teacher(source, Mock(
+        data=Mock(classes=data.classes, mean=mean, std=std), device="cpu",
+        recipe=Mock(start_size=0, img_size=32)))
+    expected = logits_of(from_checkpoint(pretrained), T.Normalize(
+        source.images["mean"], source.images["std"])(x))
+    torch.testing.assert_close(teacher(train.normalize(x, mean, std)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_published_weights_are_evaluated_as_timm_does(tmp_path, capsys):
+    root = make_folder(tmp_path / "data")
+    network = randomise(timm.create_model("convnext_atto", num_classes=2))
+    weights = str(tmp_path / "timm.safetensors")
+    save_file(network.state_dict(), weights, {"format": "pt"})
+    argv = ["--eval-only", weights, "--dataset", "folder", "--amp", "off", "--data-dir", str(root),
+            "--img-size", "96", "--workers", "0", "--tta"]
+    assert train.main(argv) == 0
+    text = capsys.readouterr().out
+    cut = timm.data.create_transform(96, interpolation="bicubic", crop_pct=0.875)
+    images = torchvision.datasets.ImageFolder(root / "val", cut)
+    x, labels = torch.stack([x for x, _ in images]), torch.tensor(images.targets)
+    logits = logits_of(network, x)
+    for title, logits in (("", logits), (" with mirror images", (logits + logits_of(
+            network, TF.horizontal_flip(x))) / 2)):
+        loss, top1 = F.cross_entropy(logits, labels), timm.utils.accuracy(logits, labels)[0]
+        assert f"timm.safetensors{title}: test loss {loss:.4f}  top-1 {top1:.2f} %" in text
+    for more, message in (
+            (["--dataset", "synthetic"], r"timm.safetensors has other classes.* \(2\), here disk, "),
+            (["--dataset", "imagenet"], "imagenet could not be loaded .* use --dataset folder")):
         with pytest.raises(train.UserError, match=message):
-            train.main([flag, name])
-    assert not Path("executed").exists()
-
-
-def test_the_error_of_a_user_is_one_line(tmp_path):
-    run = subprocess.run([sys.executable, HERE / "train.py", "--resume", "none.pt"],
-                         capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert run.returncode == 1
-    assert run.stderr == "train.py: error: there is no checkpoint none.pt\n"
+            train.main([*argv, *more])
 
 
 # --- The notebook -------------------------------------------------------------------------------

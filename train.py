@@ -634,30 +634,35 @@ def naming(source: str) -> Iterator[None]:
         missing = isinstance(error, FileNotFoundError)
         raise UserError(f"{source}: {'no such file' if missing else reason(error)}") from error
 
-def checksum(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> str:
-    """A hash of all that weights.safetensors holds: the format has no checksum of its own."""
-    digest = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
+def checksum(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
+    """A hash of a .safetensors file's content, which has no checksum of its own."""
+    digest = hashlib.sha256(json.dumps(sorted(notes.items())).encode())
     for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
     return digest.hexdigest()
 
 def open_weights(source: str) -> Source:
     """Read a file or a download of any layout. Raises UserError unless it holds a ConvNeXt.
     Notes count only beside this program's mark: other programs give their names other meanings."""
     with naming(source):
-        remote = source.startswith(convnext.DOWNLOADS)
-        content, metadata = ({}, {}) if remote else convnext.read_file(source)
-        weights = convnext.read_weights(source if remote else content)
+        images, metadata = {}, {}
+        if source.startswith(convnext.DOWNLOADS):
+            content, images = convnext.download(source)
+        else:
+            content, metadata = convnext.read_file(source)
+            metadata = dict(metadata)
+        if (noted := metadata.pop("checksum", None)) or metadata.get("made_by") == MADE_BY:
+            if noted != checksum(content, metadata):
+                raise ValueError("it is damaged: its checksum differs")
+        weights = convnext.read_weights(content)
         network = convnext.infer_architecture(weights)
         if network["in_channels"] != 3:
             raise ValueError(f"its images have {network['in_channels']} channels, not 3")
         notes = content if content.get("made_by") == MADE_BY else {}
         if metadata.get("made_by") == MADE_BY:
             notes = {k: json.loads(v) for k, v in metadata.items() if k != "made_by"}
-            if notes.pop("sha256", "") != checksum(content, notes):
-                raise ValueError("it is damaged: its checksum differs")
-    images = weights.settings or {k: v for k, v in (notes.get("args", {}) | {**notes}).items()
-                                  if k in {*IMAGENET, "crop_pct"}}
+    images = images or {k: v for k, v in (notes.get("args", {}) | {**notes}).items()
+                        if k in {*IMAGENET, "crop_pct"}}
     if not images:
         say(f"note: {source} does not say what images it expects; assumed are 224x224 pixels and "
             "ImageNet's mean and standard deviation", sys.stderr)
@@ -680,7 +685,8 @@ def check_classes(source: Source, classes: list[str]) -> None:
 def load_teacher(source: Source, run: "Run") -> Callable[[Tensor], Tensor]:
     """The source's network, as a function of images (b, 3, h, w) normalised for the student."""
     check_classes(source, run.data.classes)
-    model = convnext.from_checkpoint(source.weights).requires_grad_(False)
+    with naming(source.name):
+        model = convnext.from_checkpoint(source.weights).requires_grad_(False)
     model = model.to(run.device, memory_format=torch.channels_last)
     stride = 8 * source.network["patch_size"]
     if (run.recipe.start_size or run.recipe.img_size) < stride:
@@ -777,7 +783,7 @@ class Run:
             report = convnext.load_weights(self.model, source.weights._replace(tensors=tensors))
         if self.recipe.freeze_backbone and any("head." not in name for name in report.kept):
             raise UserError(f"--freeze-backbone would leave untrained: {some(report.kept)}")
-        new = f", new are {some(report.kept)}" if report.kept else ""
+        new = f"; new: {', '.join(report.kept)}" if report.kept else ""
         return f"{len(report.loaded)} parameters of {source.name}{new}"
 
     def measure(self) -> dict[str, float]:
@@ -845,9 +851,9 @@ def save(run: Run) -> None:
     if len(history) == run.recipe.epochs:
         tensors = (run.ema.module if run.ema else run.model).state_dict()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        notes = {k: state[k] for k in ("args", "classes", "mean", "std")}
-        notes = {k: json.dumps(v) for k, v in (notes | {
-            "sha256": checksum(tensors, notes)}).items()} | {"made_by": MADE_BY}
+        notes = {k: json.dumps(state[k]) for k in ("args", "classes", "mean", "std")}
+        notes["made_by"] = MADE_BY
+        notes["checksum"] = checksum(tensors, notes)
         write_file(folder / "weights.safetensors", lambda path: save_file(tensors, path, notes))
     write_file(folder / "last.pt", lambda path: torch.save(state, path))
     columns = [*max(history, key=len, default={})]  # some rows have no evaluation
@@ -906,7 +912,9 @@ def report(source: Source, recipe: Recipe, test: Images) -> None:
     check_classes(source, test.classes)
     device = pick_device(recipe.device)
     mean, std = (torch.tensor(source.images[name], device=device) for name in ("mean", "std"))
-    model = convnext.from_checkpoint(source.weights).to(device, memory_format=torch.channels_last)
+    with naming(source.name):
+        model = convnext.from_checkpoint(source.weights)
+    model.to(device, memory_format=torch.channels_last)
     for mirror in (False, True) if recipe.tta else (False,):
         loss, top1, top5 = evaluate(model, test, mean, std, recipe.workers,
                                     pick_precision(recipe.amp, device), mirror).values()
