@@ -619,9 +619,8 @@ def name_map(layout: str) -> Mapping[str, str]:
 
 def unwrapped(model: nn.Module) -> ConvNeXt:
     """Return the ConvNeXt inside of torch.compile, DataParallel, AveragedModel or the like."""
-    size = len([*model.parameters()])
-    for module in model.modules():
-        if isinstance(module, ConvNeXt) and len([*module.parameters()]) == size:
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, ConvNeXt) and {*module.parameters()} == {*model.parameters()}:
             return module
     raise TypeError(f"expected a ConvNeXt, not a {type(model).__name__}")
 
@@ -892,12 +891,11 @@ def can_be_faster(layer: nn.Conv2d, x: Tensor, *settings: Any) -> bool:
     """Tell whether the layer has these settings, and gradients are recorded on a CPU."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
         return False
-    autocast = torch.is_autocast_enabled("cpu")
+    autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     edited = type(layer).__base__.forward is not nn.Conv2d.forward
-    return (x.device.type == "cpu" and dtype in FAST_DTYPES and x.dtype != torch.float64
-            and x.ndim == 4 and x.numel() > 0 and not edited and layer.bias is not None
-            and layer.padding_mode == "zeros"
+    return (x.device.type == "cpu" and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0
+            and not edited and layer.bias is not None and layer.padding_mode == "zeros"
             and settings == (layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
                              layer.dilation, layer.groups))
 
