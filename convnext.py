@@ -818,7 +818,8 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
     if wrong := [name for name in misfits if not name.startswith(stays)]:
         details = [f"{name} is {shape(tensors, name)} in the weights, {shape(state, name)} in the "
                    "model" for name in wrong[:3]]
-        raise ValueError(f"{len(wrong)} parameters do not fit: {'; '.join(details)}")
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"these weights do not fit: {'; '.join(details)}{more}")
     report = Report([name for name in state if not name.startswith(stays)],
                     [name for name in state if name.startswith(stays)],
                     [name for name in tensors if name not in state])

@@ -565,9 +565,9 @@ def test_weights_are_loaded_whole_or_refused(tmp_path, monkeypatch):
     missing = {k: v for k, v in exported.items() if k != "stages.2.blocks.3.gamma"}
     for weights, message in (
             (missing, r"2.3.layer_scale.gamma is missing in the weights, \(160,\) in the model$"),
-            (exported | {"extra": torch.zeros(1)}, r"extra \(\(1,\) in .*, missing in the model\)"),
+            (exported | {"extra": torch.zeros(1)}, r"extra is \(1,\) in .*, missing in the model"),
             (exported | {"head.norm.bias": torch.zeros(7)}, r"head.norm.bias \(\(7,\) .* \(320,\)"),
-            (peer("timm", "femto").state_dict(), r"^\d+ parameters .*layers.0.1.weight is \(48,\)"),
+            (peer("timm", "femto").state_dict(), r"layers.0.1.weight is \(48,\) .* more$"),
             (peer("timm", "v2_atto").state_dict(), "gamma .*missing .*, and 33 more$")):
         with pytest.raises(ValueError, match=message):
             load_weights(model, weights)
@@ -685,7 +685,7 @@ def test_a_backbone_another_head_another_stem():
         fresh = create_convnext("v2_atto", num_classes=classes, patch_size=patch_size,
                                 head_init_scale=0.001)
         before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
-        with pytest.warns(UserWarning, match="the model kept its own"):
+        with pytest.warns(UserWarning, match="no place for head.fc.weight"):
             report = load_weights(fresh, weights)
         assert [line.split()[0] for line in report.kept] == kept and report.left_out == left_out
         assert sorted(report.loaded + kept) == sorted(before)
