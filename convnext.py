@@ -819,7 +819,7 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
         details = [f"{name} is {shape(tensors, name)} in the weights, {shape(state, name)} in the "
                    "model" for name in wrong[:3]]
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"these weights do not fit: {'; '.join(details)}{more}")
+        raise ValueError(f"these weights do not fit the model: {'; '.join(details)}{more}")
     report = Report([name for name in state if not name.startswith(stays)],
                     [name for name in state if name.startswith(stays)],
                     [name for name in tensors if name not in state])
