@@ -131,7 +131,7 @@ class Recipe:
                                   "[0, inf)", short="--wd")
     label_smoothing: float = setting(0.1, "share of a label spread over all classes", "[0, 1)")
     clip_grad: float = setting(0.0, "largest norm of the gradient; 0: no limit", "[0, inf)")
-    ema_horizon: float = setting(0.04, "share of the run that the average of the weights goes back; "
+    ema_horizon: float = setting(0.04, "share of the run that the weights are averaged over; "
                                  "0: no average", "[0, 1)")
     amp: str = setting("auto", "number type of matrix products; auto: bf16 if the hardware has it",
                        ("auto", "bf16", "fp16", "off"), group="run")
