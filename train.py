@@ -657,8 +657,8 @@ def naming(source: str) -> Iterator[None]:
         downloaded = source.startswith(convnext.DOWNLOADS)  # by clients with errors of their own
         if not downloaded and not isinstance(error, OSError | ValueError | ImportError):
             raise
-        missing = isinstance(error, FileNotFoundError)
-        raise UserError(f"{source}: {'no such file' if missing else reason(error)}") from error
+        text = "no such file" if isinstance(error, FileNotFoundError) else reason(error)
+        raise UserError(text if source in text else f"{source}: {text}") from error
 
 def checksum(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
     """A hash of what weights.safetensors holds: the format has no checksum of its own."""
