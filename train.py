@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import io
 import json
 import math
 import os
@@ -453,12 +454,13 @@ class Images(Dataset):
 
 def as_shown(item: str | np.ndarray) -> Image.Image:
     """A picture as a viewer shows it, in RGB: upright, 16 bits scaled to 8, on a white ground."""
-    picture = Image.open(item) if isinstance(item, str) else Image.fromarray(item)
-    if picture.mode.startswith("I;16") or picture.mode == "I" and picture.format in ("PNG", "PPM"):
+    picture = Image.open(io.BytesIO(Path(item).read_bytes())) if isinstance(item, str) else Image.fromarray(item)
+    deep = picture.mode[:4] == "I;16" or picture.mode == "I" and picture.format in ("PNG", "PPM")
+    picture = ImageOps.exif_transpose(picture)
+    if deep:
         picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
     if picture.mode in ("I", "F"):
         raise ValueError("which of its 32-bit values is white is unknown: convert it to 16 bits")
-    picture = ImageOps.exif_transpose(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
