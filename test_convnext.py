@@ -566,7 +566,7 @@ def test_weights_are_loaded_whole_or_refused(tmp_path, monkeypatch):
     for weights, message in (
             (missing, r"2.3.layer_scale.gamma is missing in the weights, \(160,\) in the model$"),
             (exported | {"extra": torch.zeros(1)}, r"extra is \(1,\) in .*, missing in the model"),
-            (exported | {"head.norm.bias": torch.zeros(7)}, r"head.norm.bias is \(7,\) .* \(320,\)"),
+            (exported | {"head.norm.bias": torch.zeros(7)}, r"head.norm.bias is \(7,\) .*320"),
             (peer("timm", "femto").state_dict(), r"layers.0.1.weight is \(48,\) .* more$"),
             (peer("timm", "v2_atto").state_dict(), "gamma .*missing .*; and 33 more$")):
         with pytest.raises(ValueError, match=message):
@@ -661,7 +661,7 @@ def test_wrapped_and_prefixed_weights(tmp_path):
     with pytest.raises(ValueError, match="several networks, teacher.module., student.: "):
         from_checkpoint({"student": timms, "teacher": prefixed("module.", meta_)})
     dense = prefixed("backbone.", meta_ | {"norm0.weight": torch.ones(40)})
-    with pytest.raises(ValueError, match=r"fit the model: norm0.weight is \(40,\) in the weights, m"):
+    with pytest.raises(ValueError, match=r"the model: norm0.weight is \(40,\) in the"):
         load_weights(model, dense | {"decode_head.weight": torch.ones(1)})
 
 

@@ -454,7 +454,10 @@ class Images(Dataset):
 
 def as_shown(item: str | np.ndarray) -> Image.Image:
     """A picture as a viewer shows it, in RGB: upright, 16 bits scaled to 8, on a white ground."""
-    picture = Image.open(io.BytesIO(Path(item).read_bytes())) if isinstance(item, str) else Image.fromarray(item)
+    if isinstance(item, str):  # read at once, since Pillow leaves the files of broken images open
+        picture = Image.open(io.BytesIO(Path(item).read_bytes()))
+    else:
+        picture = Image.fromarray(item)
     deep = picture.mode[:4] == "I;16" or picture.mode == "I" and picture.format in ("PNG", "PPM")
     picture = ImageOps.exif_transpose(picture)
     if deep:
