@@ -809,7 +809,8 @@ def infer_architecture(weights: Weights) -> dict[str, Any]:
     if network not in variants:
         raise ValueError("no variant has {} blocks of {} channels and GRN {}".format(*network))
     return {"variant": variants[network], "in_channels": stem.shape[1],
-            "patch_size": stem.shape[2], "num_classes": len(tensors.get("head.fc.weight", ())),
+            "patch_size": stem.shape[2],
+            "num_classes": (*tensors.get("head.fc.weight", torch.empty(0)).shape, 0)[0],
             "layer_scale": 1e-6 if "stages.0.0.layer_scale.gamma" in tensors else 0.0}
 
 def from_checkpoint(source: Weights | Mapping | str | PathLike) -> ConvNeXt:
@@ -918,13 +919,18 @@ class DepthwiseGradient(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = F.conv2d(g, weight.to(g.dtype).flip(2, 3), padding=radius, groups=c)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
+            # Weights further from the centre than the map is wide only ever meet zeros.
+            reach = min(radius, h - 1), min(radius, w - 1)
+            grad_weight = weight.new_zeros(c, 1, *(2 * r + 1 for r in reach))
             at_once = max(1, 2**20 // (c * h * w))  # samples: about what fits into a CPU's cache
             for xs, gs in zip(x.split(at_once), g.split(at_once), strict=True):
                 xs = rearrange(xs, "b c h w -> 1 (b c) h w")
                 gs = rearrange(gs, "b c h w -> (b c) 1 h w")
-                part = F.conv2d(xs, gs, padding=radius, groups=len(gs)).to(weight.dtype)
-                grad_weight = grad_weight + reduce(part, "1 (b c) u v -> c 1 u v", "sum", c=c)
+                part = F.conv2d(xs, gs, padding=reach, groups=len(gs))
+                part = rearrange(part, "1 (b c) u v -> b c 1 u v", c=c)
+                grad_weight = grad_weight + part.sum(0, dtype=weight.dtype)
+            top, left = (radius - r for r in reach)
+            grad_weight = F.pad(grad_weight, (left, left, top, top))
         return grad_x, grad_weight, reduce(g, "b c h w -> c", "sum")
 
 class DepthwiseTangent(DepthwiseGradient):
