@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import io
 import json
 import math
 import os
@@ -51,46 +52,59 @@ import convnext
 
 # --- 1. Recipe ----------------------------------------------------------------------------------
 def setting(default: Any, help_: str, allowed: str | tuple = "", **more: Any) -> Any:
-    """A field of Recipe. `allowed`: the words or the interval to choose from; [0, 1) excludes 1."""
+    """A field of Recipe. `allowed`: the words or the interval to choose from; [0, 1) excludes 1.
+    `group` begins a group of flags in --help."""
     return field(default=default, metadata={"help": help_, "allowed": allowed, **more})
 
 @dataclass
 class Recipe:
-    """Every setting. Each is a flag: batch_size is --batch-size. `complete` checks the values."""
-    recipe: str = setting("scratch", "other defaults; finetune: for --init-from; fast: for two CPU "
-                          "cores", ("scratch", "finetune", "fast"), group="what to do")
+    """Every setting with its default. Each is a flag: batch_size is --batch-size.
+
+    `complete`, in section 9, checks the values and fills in the defaults that depend on others.
+    """
+    recipe: str = setting("scratch", "different defaults; finetune: for --init-from; fast: for a "
+                          "small network on two CPU cores",
+                          ("scratch", "finetune", "fast"), group="what to do")
     resume: str | None = setting(None, "continue the run of this last.pt")
     eval_only: str | None = setting(None, "only measure the accuracy of these weights, from a run "
                                     "or as for --init-from")
     dataset: str = setting("cifar10", "images to train on", (
         "cifar10", "cifar100", "food101", "imagenet", "folder", "synthetic"), group="data")
-    data_dir: str = setting("data", "its place; folder: that of train/ and test/ or val/")
+    data_dir: str = setting("data", "folder of the data set; with --dataset folder, the one that "
+                            "holds train/ and test/ (or val/), each with a folder per class")
     img_size: int = setting(32, "side in pixels; with --init-from: that of its network", "[1, inf)")
-    crop_pct: float | None = setting(None, "share of the shorter side to evaluate on, above 64 "
-                                     "pixels. Default: 0.875; 1 and squeezed from 384", "(0, 1]")
+    crop_pct: float | None = setting(None, "part of the shorter side that is evaluated, above 64 "
+                                     "pixels. Default: 0.875; from 384 pixels, the whole image, "
+                                     "squeezed into a square", "(0, 1]")
     val_size: int = setting(0, "training images to hold out; they choose best.pt", "[0, inf)")
     skip_bad: bool = setting(False, "leave out images that cannot be read")
     workers: int = setting(min(8, os.cpu_count() or 1), "processes that read images", "[0, inf)",
                            short="-j")
-    crop_padding: int = setting(4, "largest shift of an image, up to 64 pixels", "[0, inf)",
-                                group="augmentation (0 turns a part off)")
-    crop_scale: float = setting(0.08, "least area of a random crop, above 64 pixels", "[0, 1]")
+    crop_padding: int = setting(4, "largest random shift in pixels, of images up to 64x64; 0: none",
+                                "[0, inf)", group="augmentation")
+    crop_scale: float = setting(0.08, "smallest area of a random crop of images above 64x64; "
+                                "1: no crop", "(0, 1]")
     flip: float = setting(0.5, "probability of a mirror image", "[0, 1]")
-    rand_augment: float = setting(9.0, "strength of RandAugment", "[0, 10]")
+    rand_augment: float = setting(9.0, "strength of RandAugment; 0: none", "[0, 10]")
     random_erase: float = setting(0.25, "probability of an erased rectangle", "[0, 1]")
-    mixup: float = setting(0.8, "alpha of MixUp", "[0, inf)")
-    cutmix: float = setting(1.0, "alpha of CutMix", "[0, inf)")
+    mixup: float = setting(0.8, "alpha of MixUp; 0: none", "[0, inf)")
+    cutmix: float = setting(1.0, "alpha of CutMix; 0: none", "[0, inf)")
     mix_prob: float = setting(1.0, "probability that a batch is mixed", "[0, 1]")
-    mix_off_epochs: int | None = setting(None, "unmixed last epochs. Default: a tenth", "[0, inf)")
-    start_size: int = setting(0, "side to shrink images to in the first epochs", "[0, inf)")
+    mix_off_epochs: int | None = setting(None, "last epochs without MixUp and CutMix. Default: a "
+                                        "tenth of the run", "[0, inf)")
+    start_size: int = setting(0, "shrink the images to this side in the first epochs; 0: never",
+                              "[0, inf)")
     start_share: float = setting(0.5, "share of the epochs at --start-size", "[0, 1]")
     variant: str = setting(
         "tiny", "size of the network", tuple(convnext.VARIANTS), short="--model", group="network")
     # The paper has 4 and 1e-6. At 32x32 both of these learn faster; README.md has the tables.
     patch_size: int = setting(2, "side of the stem's patches", (1, 2, 4))
-    layer_scale: float | None = setting(None, "initial value. Default: 0.1; V2: none", "[0, inf)")
-    drop_path: float = setting(0.1, "stochastic depth: chance to skip the last block", "[0, 1)")
-    init: str = setting("paper", "initial weights; fan-in: for narrow layers", ("paper", "fan-in"))
+    layer_scale: float | None = setting(None, "initial value of LayerScale, 0: none. Default: "
+                                       "0.1; none in V2", "[0, inf)")
+    drop_path: float = setting(0.1, "stochastic depth: probability to drop the last block",
+                               "[0, 1)")
+    init: str = setting("paper", "initial weights; fan-in is for narrow networks",
+                        ("paper", "fan-in"))
     head_init_scale: float = setting(1.0, "factor on the classifier's initial weights", "[0, inf)")
     init_from: str | None = setting(None, "begin with these weights, in any layout: a file, an "
                                     "https address, timm:NAME or hf:REPO", group="other networks")
@@ -100,26 +114,33 @@ class Recipe:
     distill_temperature: float = setting(2.0, "divisor of both networks' logits", "(0, inf)")
     epochs: int = setting(100, "passes over the images", "[1, inf)", group="optimisation")
     batch_size: int = setting(128, "images per step", "[1, inf)", short="-b")
-    accumulate: int = setting(1, "parts of a step: the same in less memory", "[1, inf)")
-    optimizer: str = setting("adamw", "muon: for the matrices of the blocks", ("adamw", "muon"))
+    accumulate: int = setting(1, "split each step into this many parts, to need less memory",
+                              "[1, inf)")
+    optimizer: str = setting("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest",
+                             ("adamw", "muon"))
     lr: float = setting(1e-3, "highest learning rate", "(0, inf)")
     muon_lr: float = setting(0.02, "highest learning rate of Muon", "(0, inf)")
-    min_lr: float = setting(1e-6, "last learning rate; Muon's in proportion", "[0, inf)")
+    min_lr: float = setting(1e-6, "learning rate at the end; Muon's falls in proportion",
+                            "[0, inf)")
     schedule: str = setting("cosine", "how the learning rate falls", ("cosine", "linear"))
-    warmup_epochs: float | None = setting(None, "of rising rate. Default: a twentieth", "[0, inf)")
-    layer_decay: float = setting(1.0, "factor on the rate from each layer to the last", "(0, 1]")
+    warmup_epochs: float | None = setting(None, "epochs in which the learning rate rises. "
+                                           "Default: a twentieth of the run", "[0, inf)")
+    layer_decay: float = setting(1.0, "factor on the learning rate from a layer to the one before",
+                                 "(0, 1]")
     beta2: float = setting(0.999, "AdamW's decay rate of squared gradients", "[0, 1)")
-    weight_decay: float = setting(0.05, "of matrices and filters", "[0, inf)", short="--wd")
+    weight_decay: float = setting(0.05, "weight decay of matrices and filters",
+                                  "[0, inf)", short="--wd")
     label_smoothing: float = setting(0.1, "share of a label spread over all classes", "[0, 1)")
-    clip_grad: float = setting(0.0, "largest norm of the gradient; 0: any", "[0, inf)")
-    ema_horizon: float = setting(0.04, "share of the run in the average of the weights", "[0, 1)")
-    amp: str = setting("auto", "type of matrix products; auto: bf16 if the hardware has it",
+    clip_grad: float = setting(0.0, "largest norm of the gradient; 0: no limit", "[0, inf)")
+    ema_horizon: float = setting(0.04, "share of the run that the weights are averaged over; "
+                                 "0: no average", "[0, 1)")
+    amp: str = setting("auto", "number type of matrix products; auto: bf16 if the hardware has it",
                        ("auto", "bf16", "fp16", "off"), group="run")
     compile: bool = setting(False, "use torch.compile")
     device: str = setting("auto", "cuda, mps or cpu")
     seed: int = setting(0, "seed of all random numbers", "[0, 4294967295]")
     eval_every: int = setting(1, "epochs from one evaluation to the next", "[1, inf)")
-    tta: bool = setting(False, "finally, report the mean over each image and its mirror image, too")
+    tta: bool = setting(False, "finally, also report the mean over an image and its mirror image")
     output: str | None = setting(None, "folder of the run. Default: runs/<time>-<variant>")
 
     def __post_init__(self) -> None:
@@ -147,7 +168,7 @@ def finetune(variant: str, batch_size: int) -> dict[str, Any]:
 
 # --- 2. Augmentation ----------------------------------------------------------------------------
 # Whole batches on the training device, with random numbers for each image (torchvision's transforms
-# draw once per batch). These are drawn on the CPU, which would have to wait for a GPU's.
+# draw once per batch). They are drawn on the CPU, so that it need not wait for a GPU.
 
 def crop_and_flip(x: Tensor, padding: int, flip: float) -> Tensor:
     """Shift each image by up to `padding` pixels, reflecting its edge, and mirror some of them.
@@ -388,6 +409,7 @@ def rand_augment(x: Tensor, level: float) -> Tensor:
     return x
 
 # --- 6. Data ------------------------------------------------------------------------------------
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows lacks the last two
 SMALL = 64  # images of up to this side are decoded once and kept in memory
 say = tqdm.write  # prints above the progress bar
 
@@ -432,12 +454,16 @@ class Images(Dataset):
 
 def as_shown(item: str | np.ndarray) -> Image.Image:
     """A picture as a viewer shows it, in RGB: upright, 16 bits scaled to 8, on a white ground."""
-    picture = Image.open(item) if isinstance(item, str) else Image.fromarray(item)
-    if picture.mode.startswith("I;16") or picture.mode == "I" and picture.format in ("PNG", "PPM"):
+    if isinstance(item, str):  # read at once, since Pillow leaves the files of broken images open
+        picture = Image.open(io.BytesIO(Path(item).read_bytes()))
+    else:
+        picture = Image.fromarray(item)
+    deep = picture.mode[:4] == "I;16" or picture.mode == "I" and picture.format in ("PNG", "PPM")
+    picture = ImageOps.exif_transpose(picture)
+    if deep:
         picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
     if picture.mode in ("I", "F"):
         raise ValueError("which of its 32-bit values is white is unknown: convert it to 16 bits")
-    picture = ImageOps.exif_transpose(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -477,7 +503,7 @@ def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Image
     classes = classes or [*found]
     missing, unknown = ([name for name in a if not b.get(name)]
                         for a, b in ((classes, found), (found, dict.fromkeys(classes, True))))
-    if unknown or missing and train or len(found) < 2:
+    if unknown or len(found) < 2 or missing and (train or not any(found.values())):
         raise UserError(f"{places[0]} must have images of the classes of training, two or more; "
                         f"missing: {some(missing)}; unknown: {some(unknown)}")
     if missing:
@@ -546,9 +572,10 @@ def load_split(recipe: Recipe, train: bool, classes: list[str] | None = None) ->
     parts = tqdm(batches(data, 500, recipe.workers), "reading images", disable=None, leave=False)
     return replace(data, images=torch.cat([images for images, _ in parts]), cut=None)
 
-def leave_group(_worker: int) -> None:
-    """Keep signals to the whole group, such as Ctrl-C, from a process that reads images."""
-    getattr(os, "setsid", lambda: None)()  # Windows has none
+def ignore_signals(_worker: int) -> None:
+    """Leave signals, which may reach all processes, to the main one. For those that read images."""
+    for name in SIGNALS:
+        signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
 
 def batches(data: Images, batch_size: int, workers: int, *, seed: int | None = None,
             first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -558,13 +585,17 @@ def batches(data: Images, batch_size: int, workers: int, *, seed: int | None = N
     if seed is not None:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         order = order[: max(1, len(data) // batch_size) * batch_size]
-    for batch in DataLoader(
-            replace(data, seed=seed or 0), batch_size=None, worker_init_fn=leave_group,
-            sampler=[part.tolist() for part in order.split(batch_size)][first:],
-            num_workers=workers if data.cut else 0, pin_memory=torch.cuda.is_available()):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    loader = DataLoader(
+        replace(data, seed=seed or 0), batch_size=None, worker_init_fn=ignore_signals,
+        sampler=[part.tolist() for part in order.split(batch_size)][first:],
+        num_workers=workers if data.cut else 0, pin_memory=torch.cuda.is_available())
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:  # one of its processes was killed, or found no shared memory
+        raise UserError(f"{reason(error)}; try fewer --workers") from error
 
 def channel_statistics(data: Images, workers: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (3,) of pixels from 0 to 1; of large images, of about 2,000."""
@@ -631,36 +662,34 @@ def naming(source: str) -> Iterator[None]:
         downloaded = source.startswith(convnext.DOWNLOADS)  # by clients with errors of their own
         if not downloaded and not isinstance(error, OSError | ValueError | ImportError):
             raise
-        missing = isinstance(error, FileNotFoundError)
-        raise UserError(f"{source}: {'no such file' if missing else reason(error)}") from error
+        text = "no such file" if isinstance(error, FileNotFoundError) else reason(error)
+        raise UserError(text if source in text else f"{source}: {text}") from error
 
 def checksum(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
-    """A hash of a .safetensors file's content, which has no checksum of its own."""
+    """A hash of what weights.safetensors holds: the format has no checksum of its own."""
     digest = hashlib.sha256(json.dumps(sorted(notes.items())).encode())
     for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].numpy().tobytes())
+        digest.update(name.encode() + bytes(tensors[name].flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 def open_weights(source: str) -> Source:
     """Read a file or a download of any layout. Raises UserError unless it holds a ConvNeXt.
-    Notes count only beside this program's mark: other programs give their names other meanings."""
+    Notes are trusted only in files with the mark of this program."""
     with naming(source):
-        images, metadata = {}, {}
         if source.startswith(convnext.DOWNLOADS):
-            content, images = convnext.download(source)
+            (content, images), metadata = convnext.download(source), {}
         else:
-            content, metadata = convnext.read_file(source)
-            metadata = dict(metadata)
-        if (noted := metadata.pop("checksum", None)) or metadata.get("made_by") == MADE_BY:
-            if noted != checksum(content, metadata):
-                raise ValueError("it is damaged: its checksum differs")
+            (content, metadata), images = convnext.read_file(source), {}
         weights = convnext.read_weights(content)
         network = convnext.infer_architecture(weights)
         if network["in_channels"] != 3:
             raise ValueError(f"its images have {network['in_channels']} channels, not 3")
         notes = content if content.get("made_by") == MADE_BY else {}
         if metadata.get("made_by") == MADE_BY:
-            notes = {k: json.loads(v) for k, v in metadata.items() if k != "made_by"}
+            kept = {k: v for k, v in metadata.items() if k != "checksum"}
+            if metadata.get("checksum") != checksum(content, kept):
+                raise ValueError("it is damaged: its checksum differs")
+            notes = {k: json.loads(v) for k, v in kept.items() if k != "made_by"}
     images = images or {k: v for k, v in (notes.get("args", {}) | {**notes}).items()
                         if k in {*IMAGENET, "crop_pct"}}
     if not images:
@@ -742,7 +771,7 @@ class Run:
         self.total = self.steps * recipe.epochs
         self.step = 0  # the number of the next one
         self.history: list[dict] = []  # a row per epoch, as in metrics.csv
-        self.sums: dict[str, Any] = {}  # over the present epoch: loss, seconds, waiting
+        self.sums: dict[str, Any] = {"loss": torch.zeros(())}  # over the present epoch
         self.stopped_by = 0  # the signal that ends the run after the present step
         torch.manual_seed(recipe.seed)
         self.model = convnext.create_convnext(
@@ -763,6 +792,8 @@ class Run:
         average = swa_utils.get_ema_multi_avg_fn(1 - 1 / max(1, recipe.ema_horizon * self.total))
         self.ema = recipe.ema_horizon and swa_utils.AveragedModel(self.model, multi_avg_fn=average)
         self.optimizers = make_optimizers(self.model, recipe)
+        if self.precision == torch.half and len(self.optimizers) > 1:  # one could skip a step alone
+            raise UserError("--optimizer muon does not work in float16: give --amp bf16 or off")
         # float16 alone has too small a range for gradients: they are scaled up, and back down.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.half)
         if resume:
@@ -813,7 +844,8 @@ class Run:
             raise UserError("--resume needs the training images that the run began with: those in "
                             f"{self.recipe.data_dir} have other names, classes or contents")
         for name, part in self.parts().items():
-            part.load_state_dict(state[name])
+            if state[name]:  # a scaler that was not needed has none
+                part.load_state_dict(state[name])
         self.step, self.history, self.sums = state["step"], state["history"], state["sums"]
         self.sums["loss"] = self.sums["loss"].to(self.device)
 
@@ -882,8 +914,8 @@ def stop_signals(run: Run) -> Iterator[None]:
         run.stopped_by = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.ExitStack() as handlers:  # puts the former handlers back
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows lacks the last two; nohup ignores SIGHUP
+        for name in SIGNALS:
+            number = getattr(signal, name, None)  # nohup ignores SIGHUP
             if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
                 handlers.callback(signal.signal, number, signal.signal(number, receive))
         yield
@@ -998,8 +1030,9 @@ def refuse_contradictions(given: dict[str, Any], notes: Mapping[str, Any]) -> No
             ("eval_only" in names and idle, f"--eval-only trains nothing: leave out {idle}"),
             ("init_from" in names and (new or given.get("init") == "fan-in"),
              "--recipe fast and --init fan-in begin with new weights, without --init-from"),
-            ("init_from" not in names and tuned, "this needs weights: --init-from SOURCE"),
-            ("teacher" not in names and names & {"distill_alpha", "distill_temperature"},
+            (not names & {"init_from", "resume"} and tuned,
+             "--recipe finetune and --freeze-backbone need weights: --init-from SOURCE"),
+            (not names & {"teacher", "resume"} and names & {"distill_alpha", "distill_temperature"},
              "--distill-alpha and --distill-temperature need a --teacher")):
         if wrong:
             raise UserError(text)
