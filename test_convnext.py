@@ -1460,6 +1460,7 @@ def test_pictures_are_read_as_a_viewer_shows_them(tmp_path):
     exif[0x0112] = 6  # the top is on the right: a viewer turns it clockwise
     rgb, alpha = (rng.integers(0, 256, (5, 7, axes), np.uint8) for axes in (3, 1))
     grey16 = rng.integers(0, 65536, (5, 7), np.uint16)
+    grey16[0, :2] = 0, 65535
     grey = (grey16 >> 8).astype(np.uint8)
     clear, on_white = np.dstack([rgb, alpha]), rgb * (alpha / 255) + (255.0 - alpha)
     drawing = PIL.Image.fromarray(np.dstack([0 * rgb, (alpha > 99) * np.uint8(255)]))
