@@ -731,8 +731,8 @@ def fan_in_init(model: convnext.ConvNeXt) -> None:
     With inputs of variance 1, a linear layer's outputs have the standard deviation of its weights
     times sqrt(fan_in). The paper's 0.02 makes that 0.55 at 768 channels, 0.20 at 96, and 0.13 at
     40. As two such layers follow each other, a branch with 40 channels begins almost switched off
-    (0.016 of its input) and has to grow before it learns. Here it is 1 at every width. The last layer of
-    each branch is divided by sqrt(2 · blocks), so that the sum of all branches stays near 1."""
+    (0.016 of its input) and has to grow before it learns. Here it is 1 at every width. The last
+    layer of a branch is divided by sqrt(2 · blocks), so that the sum of branches stays near 1."""
     blocks = sum(map(len, model.stages))
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and name != "head.fc":
