@@ -63,7 +63,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # --- Part 1. The network --------------------------------------------------------------------------
 
-
 class Patchify(nn.Conv2d):
     """Cut a map into squares, turn each into a vector. (b, c, h, w) -> (b, dim, h / p, w / p)
 
@@ -78,7 +77,6 @@ class Patchify(nn.Conv2d):
 
     def __init__(self, in_channels: int, dim: int, patch_size: int = 4) -> None:
         super().__init__(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-
 
 class DepthwiseConv(nn.Conv2d):
     """Filter each channel on its own with a 7x7 kernel. (b, dim, h, w) -> (b, dim, h, w)
@@ -95,7 +93,6 @@ class DepthwiseConv(nn.Conv2d):
     def __init__(self, dim: int, kernel_size: int = 7) -> None:
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
-
 class LayerNorm(nn.LayerNorm):
     """Normalise the channels of each position on their own. (..., dim) -> (..., dim)
 
@@ -110,7 +107,6 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, eps=1e-6)  # the authors' ε; PyTorch's default is 1e-5
 
-
 class LayerNorm2d(LayerNorm):
     """LayerNorm of a feature map. (b, dim, h, w) -> (b, dim, h, w)
 
@@ -122,7 +118,6 @@ class LayerNorm2d(LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(rearrange(x, "b c h w -> b h w c"))
         return rearrange(x, "b h w c -> b c h w")
-
 
 class GRN(nn.Module):
     """Global response normalisation: the new layer of ConvNeXt V2. (b, h, w, dim) -> (b, h, w, dim)
@@ -146,7 +141,6 @@ class GRN(nn.Module):
         norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # (b, 1, 1, dim)
         n = norm / (reduce(norm, "b 1 1 c -> b 1 1 1", "mean") + 1e-6)
         return (self.gamma * (x * n) + self.beta + x).to(self.gamma.dtype)
-
 
 class InvertedBottleneck(nn.Module):
     """Two linear layers around a GELU, the same at every position. (..., dim) -> (..., dim)
@@ -172,7 +166,6 @@ class InvertedBottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.pwconv2(self.grn(self.act(self.pwconv1(x))))
 
-
 class LayerScale(nn.Module):
     """Multiply each channel of the branch by a learned factor. (..., dim) -> (..., dim)
 
@@ -189,7 +182,6 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gamma * x
-
 
 class DropPath(nn.Module):
     """Stochastic depth: drop the branch of random samples in training. (b, ...) -> (b, ...)
@@ -215,7 +207,6 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p:.3f}"
-
 
 class Block(nn.Module):
     """The ConvNeXt block (figure 4). (b, dim, h, w) -> (b, dim, h, w)
@@ -252,7 +243,6 @@ class Block(nn.Module):
         x = rearrange(x, "b h w c -> b c h w")
         return shortcut + self.drop_path(x)
 
-
 class Downsample(nn.Sequential):
     """Halve the resolution between two stages. (b, dim_in, h, w) -> (b, dim, h / 2, w / 2)
 
@@ -262,7 +252,6 @@ class Downsample(nn.Sequential):
 
     def __init__(self, dim_in: int, dim: int) -> None:
         super().__init__(LayerNorm2d(dim_in), Patchify(dim_in, dim, patch_size=2))
-
 
 class Head(nn.Module):
     """Average over the positions, normalise, classify. (b, dim, h, w) -> (b, num_classes)
@@ -279,7 +268,6 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.norm(reduce(x, "b c h w -> b c", "mean")))
-
 
 class ConvNeXt(nn.Module):
     """Stages of blocks, each at half the resolution of the stage before (table 9).
@@ -364,13 +352,11 @@ class ConvNeXt(nn.Module):
                 f"images must be (b, {channels}, h, w) with h and w {stride} or more (the total "
                 f"stride; a smaller patch_size lowers it), not {tuple(x.shape)}")
 
-
 class Variant(NamedTuple):
     depths: tuple[int, ...]  # blocks per stage
     dims: tuple[int, ...]  # channels per stage
     gflops: float  # as the papers print it: multiply-accumulates in 1e9 at 224x224 pixels
     grn: bool = False  # ConvNeXt V2
-
 
 # The paper's stages have 1 : 1 : 3 : 1 blocks, like Swin-T's, or 1 : 1 : 9 : 1. ResNet-50 has
 # (3, 4, 6, 3); the change gained 0.54 points (section 2.2). The paper gives no reason beyond that.
@@ -392,7 +378,6 @@ VARIANTS |= {f"v2_{name}": VARIANTS[name]._replace(grn=True)
              for name in ("atto", "femto", "pico", "nano", "tiny", "base", "large")}
 VARIANTS["v2_huge"] = Variant((3, 3, 27, 3), (352, 704, 1408, 2816), 115, grn=True)
 
-
 def create_convnext(variant: str, *, layer_scale: float | None = None, **options: Any) -> ConvNeXt:
     """Build one of the VARIANTS with initial weights, in training mode.
 
@@ -407,9 +392,7 @@ def create_convnext(variant: str, *, layer_scale: float | None = None, **options
         layer_scale = 0.0 if grn else 1e-6
     return ConvNeXt(depths, dims, layer_scale=layer_scale, grn=grn, **options)
 
-
 # The network ends here. What follows measures it.
-
 
 def count_macs(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
     """Count the multiply-accumulates of convolutions and linear layers for one square image.
@@ -420,7 +403,6 @@ def count_macs(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, in_channels, image_size, image_size, device="meta"))
     return counter.get_total_flops() // 2  # PyTorch counts multiplications and additions
-
 
 def variant_table() -> Iterator[str]:
     """Yield a line per variant: shape, parameters, and the cost as counted and as published."""
@@ -433,7 +415,6 @@ def variant_table() -> Iterator[str]:
 
 
 # --- Part 2. The road: how the paper gets here from a ResNet-50 (section 2, table 10) -------------
-
 
 class Design(NamedTuple):
     """Everything that the paper changes on the way. The defaults are ResNet-50."""
@@ -451,14 +432,12 @@ class Design(NamedTuple):
     norm: type[nn.Module] = nn.BatchNorm2d
     separate_downsampling: bool = False  # between the stages; with LayerScale and the head's norm
 
-
 class Step(NamedTuple):
     name: str
     change: dict[str, Any]  # fields of Design; all else stays what it was in the last kept step
     top1: float  # ImageNet accuracy in %, table 10: means of three trainings of 300 epochs
     gflops: float  # multiply-accumulates in 1e9 at 224x224, as table 10 prints them
     kept: bool = True
-
 
 OLD_RECIPE_TOP1 = 76.13  # ResNet-50 as PyTorch trained it: the new recipe is the largest step
 ROADMAP = (
@@ -481,7 +460,6 @@ ROADMAP = (
     Step("LayerNorm", {"norm": LayerNorm2d}, 81.47, 4.46),
     Step("separate downsampling", {"separate_downsampling": True}, 81.97, 4.49),
 )
-
 
 class RoadmapBlock(nn.Module):
     """A block between ResNet's and ConvNeXt's. (b, dim_in, h, w) -> (b, dim, h / stride, ...)
@@ -521,7 +499,6 @@ class RoadmapBlock(nn.Module):
         y = self.layer_scale(rearrange(self.branch(x), "b c h w -> b h w c"))
         return self.act(self.shortcut(x) + rearrange(y, "b h w c -> b c h w"))
 
-
 def roadmap_network(design: Design, num_classes: int = 1000) -> nn.Sequential:
     """Build any network of the road, with PyTorch's initialisation. (b, 3, h, w) -> (b, classes)
 
@@ -546,7 +523,6 @@ def roadmap_network(design: Design, num_classes: int = 1000) -> nn.Sequential:
         head.norm = nn.Identity()  # the head's norm came with the last step
     return nn.Sequential(*layers, head)
 
-
 def roadmap() -> Iterator[tuple[Step, Design]]:
     """Yield each step of the road with the whole design that it arrives at."""
     kept = Design()
@@ -554,7 +530,6 @@ def roadmap() -> Iterator[tuple[Step, Design]]:
         design = kept._replace(**step.change)
         yield step, design
         kept = design if step.kept else kept
-
 
 def road_table() -> Iterator[str]:
     """Yield a line per step: accuracy, gain and cost as printed, and the cost as counted here."""
@@ -601,7 +576,6 @@ SHAPES = {  # the parameters with a different shape, by a part of their native n
     "huggingface": {".grn.": "c -> 1 1 1 c"},
 }
 
-
 @cache
 def name_map(layout: str) -> Mapping[str, str]:
     """Map native names to the layout's: all parameters of four stages of up to 40 blocks each."""
@@ -616,15 +590,12 @@ def name_map(layout: str) -> Mapping[str, str]:
             names.setdefault(native, name)  # the stem's rows come before that of all stages
     return names
 
-
 def unwrapped(model: nn.Module) -> ConvNeXt:
     """Return the ConvNeXt inside of torch.compile, DataParallel, AveragedModel or the like."""
-    size = len([*model.parameters()])
-    for module in model.modules():
-        if isinstance(module, ConvNeXt) and len([*module.parameters()]) == size:
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, ConvNeXt) and {*module.parameters()} == {*model.parameters()}:
             return module
     raise TypeError(f"expected a ConvNeXt, not a {type(model).__name__}")
-
 
 def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
     """Return the state dict, which shares the model's memory, in one of the LAYOUTS.
@@ -653,7 +624,6 @@ def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
             tensor = rearrange(tensor, pattern) if part in native else tensor
         exported[name] = tensor
     return exported
-
 
 def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
     """Read content and metadata of a .safetensors, .pt, .pth or .bin file, on the CPU.
@@ -688,9 +658,7 @@ def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
         line = reason[1].strip().partition("\n")[0].partition(". ")[0]
         raise ValueError(f"cannot read {path}: {line or type(error).__name__}") from error
 
-
 DOWNLOADS = ("timm:", "hf:", "https:")
-
 
 def download(source: str) -> tuple[Mapping, dict[str, Any]]:
     """Fetch timm:NAME, hf:REPO or an https address; return its content and timm's settings.
@@ -725,14 +693,12 @@ def download(source: str) -> tuple[Mapping, dict[str, Any]]:
     except errors.EntryNotFoundError:
         return read_file(hf_hub_download(name, "pytorch_model.bin"))[0], {}
 
-
 class Weights(NamedTuple):
     """A checkpoint with native names and shapes."""
 
     tensors: dict[str, Tensor]
     layout: str
     settings: dict[str, Any]  # see download
-
 
 def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
     """Read the weights of a ConvNeXt from a checkpoint in any layout. source: see load_weights.
@@ -785,14 +751,12 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
             tensors[native] = tensor
     return Weights(tensors, layout, settings)
 
-
 class Report(NamedTuple):
     """What load_weights did, with native names."""
 
     loaded: list[str]
     kept: list[str]  # parameters of the model that kept their values
     left_out: list[str]  # tensors of the source for which the model has no place
-
 
 def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
                  strict: bool = False) -> Report:
@@ -819,7 +783,8 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
     if wrong := [name for name in misfits if not name.startswith(stays)]:
         details = [f"{name} is {shape(tensors, name)} in the weights, {shape(state, name)} in the "
                    "model" for name in wrong[:3]]
-        raise ValueError(f"{len(wrong)} parameters do not fit: {'; '.join(details)}")
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"these weights do not fit the model: {'; '.join(details)}{more}")
     report = Report([name for name in state if not name.startswith(stays)],
                     [name for name in state if name.startswith(stays)],
                     [name for name in tensors if name not in state])
@@ -829,7 +794,6 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
     if report.left_out:
         warnings.warn(f"the model has no place for {', '.join(report.left_out)}", stacklevel=2)
     return report
-
 
 def infer_architecture(weights: Weights) -> dict[str, Any]:
     """Derive create_convnext's arguments from the tensors; ValueError if they are no variant's."""
@@ -845,9 +809,9 @@ def infer_architecture(weights: Weights) -> dict[str, Any]:
     if network not in variants:
         raise ValueError("no variant has {} blocks of {} channels and GRN {}".format(*network))
     return {"variant": variants[network], "in_channels": stem.shape[1],
-            "patch_size": stem.shape[2], "num_classes": len(tensors.get("head.fc.weight", ())),
+            "patch_size": stem.shape[2],
+            "num_classes": (*tensors.get("head.fc.weight", torch.empty(0)).shape, 0)[0],
             "layer_scale": 1e-6 if "stages.0.0.layer_scale.gamma" in tensors else 0.0}
-
 
 def from_checkpoint(source: Weights | Mapping | str | PathLike) -> ConvNeXt:
     """Build the network that a checkpoint holds, with its weights, in evaluation mode.
@@ -866,7 +830,6 @@ def from_checkpoint(source: Weights | Mapping | str | PathLike) -> ConvNeXt:
 
 # --- Part 4. Faster on a CPU, with the same results. Nothing new about ConvNeXt follows -----------
 
-
 def speed_up(model: nn.Module) -> nn.Module:
     """Make training on a CPU faster, in place, and return the model.
 
@@ -880,27 +843,23 @@ def speed_up(model: nn.Module) -> nn.Module:
             module.__class__ = fast[type(module)]
     return model
 
-
 # The number types for which this was measured to be faster, by the CPU's vector instructions.
 FAST_DTYPES: tuple[torch.dtype, ...] = ()
 if torch.backends.mkldnn.is_available():
     FAST_DTYPES = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}.get(
         torch.backends.cpu.get_cpu_capability(), ())
 
-
 def can_be_faster(layer: nn.Conv2d, x: Tensor, *settings: Any) -> bool:
     """Tell whether the layer has these settings, and gradients are recorded on a CPU."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
         return False
-    autocast = torch.is_autocast_enabled("cpu")
+    autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     edited = type(layer).__base__.forward is not nn.Conv2d.forward
-    return (x.device.type == "cpu" and dtype in FAST_DTYPES and x.dtype != torch.float64
-            and x.ndim == 4 and x.numel() > 0 and not edited and layer.bias is not None
-            and layer.padding_mode == "zeros"
+    return (x.device.type == "cpu" and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0
+            and not edited and layer.bias is not None and layer.padding_mode == "zeros"
             and settings == (layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
                              layer.dilation, layer.groups))
-
 
 class FastPatchify(Patchify):
     """Patchify as a linear layer on patches, whose gradients are matrix products."""
@@ -917,7 +876,6 @@ class FastPatchify(Patchify):
         x = F.linear(x, rearrange(self.weight, "dim c p q -> dim (p q c)"), self.bias)
         return rearrange(x, "b h w dim -> b dim h w")
 
-
 class FastDepthwiseConv(DepthwiseConv):
     """DepthwiseConv with the backward pass of DepthwiseGradient."""
 
@@ -929,7 +887,6 @@ class FastDepthwiseConv(DepthwiseConv):
             x = x.to(torch.get_autocast_dtype("cpu"))
         gradient = DepthwiseGradient if torch.compiler.is_compiling() else DepthwiseTangent
         return gradient.apply(x, self.weight, self.bias)
-
 
 class DepthwiseGradient(torch.autograd.Function):
     """The depthwise convolution; its derivatives are depthwise convolutions again.
@@ -962,15 +919,19 @@ class DepthwiseGradient(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = F.conv2d(g, weight.to(g.dtype).flip(2, 3), padding=radius, groups=c)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
+            # Weights further from the centre than the map is wide only ever meet zeros.
+            reach = min(radius, h - 1), min(radius, w - 1)
+            grad_weight = weight.new_zeros(c, 1, *(2 * r + 1 for r in reach))
             at_once = max(1, 2**20 // (c * h * w))  # samples: about what fits into a CPU's cache
             for xs, gs in zip(x.split(at_once), g.split(at_once), strict=True):
                 xs = rearrange(xs, "b c h w -> 1 (b c) h w")
                 gs = rearrange(gs, "b c h w -> (b c) 1 h w")
-                part = F.conv2d(xs, gs, padding=radius, groups=len(gs)).to(weight.dtype)
-                grad_weight = grad_weight + reduce(part, "1 (b c) u v -> c 1 u v", "sum", c=c)
+                part = F.conv2d(xs, gs, padding=reach, groups=len(gs))
+                part = rearrange(part, "1 (b c) u v -> b c 1 u v", c=c)
+                grad_weight = grad_weight + part.sum(0, dtype=weight.dtype)
+            top, left = (radius - r for r in reach)
+            grad_weight = F.pad(grad_weight, (left, left, top, top))
         return grad_x, grad_weight, reduce(g, "b c h w -> c", "sum")
-
 
 class DepthwiseTangent(DepthwiseGradient):
     """The same, with forward-mode derivatives for torch.func.jvp, which torch.compile refuses."""
@@ -980,7 +941,6 @@ class DepthwiseTangent(DepthwiseGradient):
         x, weight = ctx.saved_tensors
         product_rule = DepthwiseGradient.forward(x_t, weight, bias_t)
         return product_rule + DepthwiseGradient.forward(x, weight_t, None)
-
 
 @torch.no_grad()
 def fold_layer_scale(model: nn.Module) -> nn.Module:
@@ -998,7 +958,6 @@ def fold_layer_scale(model: nn.Module) -> nn.Module:
             linear.bias *= gamma
             block.layer_scale = nn.Identity()
     return model
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="List the variants, or the steps of the road.")

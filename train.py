@@ -454,7 +454,10 @@ class Images(Dataset):
 
 def as_shown(item: str | np.ndarray) -> Image.Image:
     """A picture as a viewer shows it, in RGB: upright, 16 bits scaled to 8, on a white ground."""
-    picture = Image.open(io.BytesIO(Path(item).read_bytes())) if isinstance(item, str) else Image.fromarray(item)
+    if isinstance(item, str):  # read at once, since Pillow leaves the files of broken images open
+        picture = Image.open(io.BytesIO(Path(item).read_bytes()))
+    else:
+        picture = Image.fromarray(item)
     deep = picture.mode[:4] == "I;16" or picture.mode == "I" and picture.format in ("PNG", "PPM")
     picture = ImageOps.exif_transpose(picture)
     if deep:
@@ -727,9 +730,9 @@ def fan_in_init(model: convnext.ConvNeXt) -> None:
     """Draw all weights but the classifier's with standard deviation 1 / sqrt(fan_in), in place.
     With inputs of variance 1, a linear layer's outputs have the standard deviation of its weights
     times sqrt(fan_in). The paper's 0.02 makes that 0.55 at 768 channels, 0.20 at 96, and 0.13 at
-    40. As two such layers follow each other, the branches of a narrow network begin almost switched
-    off, and have to be grown before they learn. Here it is 1 at every width. The last layer of
-    each branch is divided by sqrt(2 · blocks), so that the sum of all branches stays near 1."""
+    40. As two such layers follow each other, a branch with 40 channels begins almost switched off
+    (0.016 of its input) and has to grow before it learns. Here it is 1 at every width. The last
+    layer of a branch is divided by sqrt(2 · blocks), so that the sum of branches stays near 1."""
     blocks = sum(map(len, model.stages))
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and name != "head.fc":
