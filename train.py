@@ -594,7 +594,7 @@ def batches(data: Images, batch_size: int, workers: int, *, seed: int | None = N
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except (RuntimeError, ConnectionError) as error:  # a process was killed, or has no shared memory
+    except (RuntimeError, ConnectionError) as error:  # a killed process, or no memory
         raise UserError(f"{reason(error)}; try fewer --workers") from error
 
 def channel_statistics(data: Images, workers: int) -> tuple[Tensor, Tensor]:
