@@ -685,7 +685,7 @@ def open_weights(source: str) -> Source:
         if network["in_channels"] != 3:
             raise ValueError(f"its images have {network['in_channels']} channels, not 3")
         notes = content if content.get("made_by") == MADE_BY else {}
-        if metadata.get("made_by") == MADE_BY:
+        if "checksum" in metadata or metadata.get("made_by") == MADE_BY:
             kept = {k: v for k, v in metadata.items() if k != "checksum"}
             if metadata.get("checksum") != checksum(content, kept):
                 raise ValueError("it is damaged: its checksum differs")
