@@ -1258,9 +1258,14 @@ def test_what_ends_a_run_loses_nothing(pretrained, monkeypatch, capsys, more):
     (signal.SIGTERM, "0"), (signal.SIGKILL, "UserError: .*try fewer --workers")])
 def test_signals_to_processes_that_read_images(small, monkeypatch, number, result):
     """What reaches all processes is left to the main one; a killed one ends the run in one line."""
+    def send():
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number)
+            if number == signal.SIGKILL:  # the news arrives here, not where images are awaited
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
     make_folder("data")
-    monkeypatch.setattr(train, "augment", at_call(1, train.augment, lambda: [
-        os.kill(process.pid, number) for process in multiprocessing.active_children()]))
+    monkeypatch.setattr(train, "augment", at_call(1, train.augment, send))
     assert re.match(result, outcome(f"{FOLDER} -b 1 --img-size 96 -j 1 --output run"))
 
 
