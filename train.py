@@ -594,7 +594,7 @@ def batches(data: Images, batch_size: int, workers: int, *, seed: int | None = N
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except RuntimeError as error:  # one of its processes was killed, or found no shared memory
+    except (RuntimeError, ConnectionError) as error:  # a killed process, or no memory
         raise UserError(f"{reason(error)}; try fewer --workers") from error
 
 def channel_statistics(data: Images, workers: int) -> tuple[Tensor, Tensor]:
@@ -685,7 +685,7 @@ def open_weights(source: str) -> Source:
         if network["in_channels"] != 3:
             raise ValueError(f"its images have {network['in_channels']} channels, not 3")
         notes = content if content.get("made_by") == MADE_BY else {}
-        if metadata.get("made_by") == MADE_BY:
+        if "checksum" in metadata or metadata.get("made_by") == MADE_BY:
             kept = {k: v for k, v in metadata.items() if k != "checksum"}
             if metadata.get("checksum") != checksum(content, kept):
                 raise ValueError("it is damaged: its checksum differs")
@@ -1088,6 +1088,10 @@ def main(argv: list[str]) -> int:
             train(run)
     except Timeout as error:
         raise UserError(f"another run is writing to {folder}") from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # raised wherever this process was at the time
+            raise
+        raise UserError(f"{reason(error)}; try fewer --workers") from error
     if run.stopped_by:
         say(f"stopped; to go on: python train.py --resume {last}", sys.stderr)
         return 128 + run.stopped_by
