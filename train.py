@@ -454,7 +454,7 @@ class Images(Dataset):
 
 def as_shown(item: str | np.ndarray) -> Image.Image:
     """A picture as a viewer shows it, in RGB: upright, 16 bits scaled to 8, on a white ground."""
-    if isinstance(item, str):  # read at once, since Pillow leaves the files of broken images open
+    if isinstance(item, str):  # not by name: Pillow 13 then garbles some grey TIFFs that are turned
         picture = Image.open(io.BytesIO(Path(item).read_bytes()))
     else:
         picture = Image.fromarray(item)
