@@ -634,7 +634,8 @@ def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
     try:
         if str(path).endswith(".safetensors"):
             with safe_open(path, "pt") as file:
-                return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+                return tensors, file.metadata() or {}
         if zipfile.is_zipfile(path):  # torch.load ignores the checksums
             with zipfile.ZipFile(path) as archive:
                 # torch.load reads nothing from a record with a folder's attribute (16).
