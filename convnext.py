@@ -431,6 +431,7 @@ class Design(NamedTuple):
     one_norm: bool = False  # a block has one norm, not three
     norm: type[nn.Module] = nn.BatchNorm2d
     separate_downsampling: bool = False  # between the stages; with LayerScale and the head's norm
+    attention: bool = False  # Swin's instead of the depthwise convolution; not a step of the road
 
 class Step(NamedTuple):
     name: str
@@ -441,7 +442,7 @@ class Step(NamedTuple):
 
 OLD_RECIPE_TOP1 = 76.13  # ResNet-50 as PyTorch trained it: the new recipe is the largest step
 ROADMAP = (
-    Step("ResNet-50, new recipe", {}, 78.82, 4.09),
+    Step("ResNet-50", {}, 78.82, 4.09),
     Step("stage ratio", {"depths": (3, 3, 9, 3)}, 79.36, 4.53),
     Step("patchify stem", {"patchify": True}, 79.51, 4.42),
     Step("depthwise conv", {"depthwise": True}, 78.28, 2.35),
@@ -461,13 +462,54 @@ ROADMAP = (
     Step("separate downsampling", {"separate_downsampling": True}, 81.97, 4.49),
 )
 
+class WindowAttention(nn.Module):
+    """Self-attention within windows of 7x7 positions, as in Swin. (b, dim, h, w) -> same shape
+
+        y = W · softmax(q · kᵀ / √d + B) · v,   d = dim / heads = 16, q, k, v = linear(x)
+
+    B is learned per head and relative position. What lies outside of the map is masked. shift: the
+    windows begin 3 positions further up and left, in every other block of Swin, so that what one
+    block keeps apart the next one mixes. Raises ValueError unless dim is a multiple of heads.
+    """
+
+    def __init__(self, dim: int, shift: bool, window: int = 7) -> None:
+        super().__init__()
+        self.window, self.offset, self.heads = window, window // 2 if shift else 0, dim // 16 or 1
+        if dim % self.heads:
+            raise ValueError(f"{dim} channels cannot be divided into {self.heads} heads")
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.bias = nn.Parameter(0.02 * torch.randn(self.heads, (2 * window - 1) ** 2))
+        place = torch.cartesian_prod(torch.arange(window), torch.arange(window))
+        step = place[:, None] - place + window - 1  # (49, 49, 2): from each position to each other
+        self.register_buffer("index", step[..., 0] * (2 * window - 1) + step[..., 1], False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (h, w), n, before = x.shape[2:], self.window, self.offset
+        sides = (before, -(w + before) % n, before, -(h + before) % n)  # fill up to whole windows
+        columns = (w + sum(sides[:2])) // n
+
+        def windows(x: Tensor, heads: int) -> Tensor:
+            return rearrange(F.pad(x, sides), "b (m c) (i p) (j q) -> b (i j) m (p q) c", m=heads,
+                             p=n, q=n)
+
+        x = self.qkv(rearrange(x, "b c h w -> b h w c"))
+        q, k, v = windows(rearrange(x, "b h w c -> b c h w"), 3 * self.heads).chunk(3, dim=2)
+        outside = windows(x.new_ones(1, 1, h, w), 1)[..., 0] == 0  # (1, windows, 1, 49)
+        bias = self.bias[:, self.index].masked_fill(rearrange(outside, "1 t 1 k -> t 1 1 k"), -1e4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        y = rearrange(y, "b (i j) m (p q) c -> b (i p) (j q) (m c)", j=columns, p=n)
+        y = self.proj(y[:, before : before + h, before : before + w])
+        return rearrange(y, "b h w c -> b c h w")
+
 class RoadmapBlock(nn.Module):
     """A block between ResNet's and ConvNeXt's. (b, dim_in, h, w) -> (b, dim, h / stride, ...)
 
-    width: of the stage. dim, the number of output channels, is 4·width in ResNet's block.
+    width: of the stage. dim, the number of output channels, is 4·width in ResNet's block. index:
+    the place in the stage.
     """
 
-    def __init__(self, design: Design, dim_in: int, width: int, stride: int) -> None:
+    def __init__(self, design: Design, dim_in: int, width: int, stride: int, index: int,
+                 layer_scale: float) -> None:
         super().__init__()
         d, k = design, design.kernel_size
         middle, self.dim = (4 * width, width) if d.inverted else (width, 4 * width)
@@ -475,12 +517,18 @@ class RoadmapBlock(nn.Module):
 
         def conv(c_in: int, c_out: int, size: int = 1, stride: int = 1, groups: int = 1,
                  norm: bool = True) -> list[nn.Module]:
-            bias = not (norm and d.norm is nn.BatchNorm2d)  # which subtracts any bias
-            layer = nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=bias)
+            if groups == c_in == c_out and stride == 1:
+                layer: nn.Conv2d = DepthwiseConv(c_in, size)
+            else:
+                bias = not (norm and d.norm is nn.BatchNorm2d)  # which subtracts any bias
+                layer = nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=bias)
             return [layer, d.norm(c_out)] if norm else [layer]
 
         if d.depthwise_first:  # kxk - wide - narrow
-            layers = [*conv(dim_in, dim_in, k, stride, groups=dim_in), removed_act(),
+            mixer = conv(dim_in, dim_in, k, stride, groups=dim_in)
+            if d.attention:
+                mixer[0] = WindowAttention(dim_in, shift=index % 2 == 1)
+            layers = [*mixer, removed_act(),
                       *conv(dim_in, middle, norm=not d.one_norm), d.act(),
                       *conv(middle, self.dim, norm=not d.one_norm)]
         else:  # 1x1 - kxk - 1x1
@@ -493,30 +541,35 @@ class RoadmapBlock(nn.Module):
         self.shortcut = nn.Sequential(*([] if same else conv(dim_in, self.dim, stride=stride)))
         self.act = removed_act()
         # The paper does not say in which steps LayerScale was there; ConvNeXt has it.
-        self.layer_scale = LayerScale(self.dim) if d.separate_downsampling else nn.Identity()
+        scaled = d.separate_downsampling and layer_scale
+        self.layer_scale = LayerScale(self.dim, layer_scale) if scaled else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer_scale(rearrange(self.branch(x), "b c h w -> b h w c"))
         return self.act(self.shortcut(x) + rearrange(y, "b h w c -> b c h w"))
 
-def roadmap_network(design: Design, num_classes: int = 1000) -> nn.Sequential:
+def roadmap_network(design: Design, num_classes: int = 1000, patch_size: int = 4,
+                    layer_scale: float = 1e-6) -> nn.Sequential:
     """Build any network of the road, with PyTorch's initialisation. (b, 3, h, w) -> (b, classes)
 
-    The paper also trained these networks with stochastic depth, which is left out here.
+    patch_size: the stem's total stride, also in networks without patches; 1 or 2 for small images.
+    layer_scale: see Block. The paper's networks had stochastic depth too, which is left out here.
     """
     d, dim = design, design.width
     if d.patchify:  # the paper names no norm here before the last step, so this one is a guess
-        layers: list[nn.Module] = [Patchify(3, dim), d.norm(dim)]
+        layers: list[nn.Module] = [Patchify(3, dim, patch_size), d.norm(dim)]
     else:
-        layers = [nn.Conv2d(3, dim, 7, stride=2, padding=3, bias=False), d.norm(dim), d.act(),
-                  nn.MaxPool2d(3, stride=2, padding=1)]
+        layers = [nn.Conv2d(3, dim, 7, stride=min(2, patch_size), padding=3, bias=False),
+                  d.norm(dim), d.act()]
+        if patch_size == 4:
+            layers.append(nn.MaxPool2d(3, stride=2, padding=1))
     for stage, depth in enumerate(d.depths):
         width, stride = d.width * 2**stage, 2 if stage else 1
         if stage and d.separate_downsampling:
             layers.append(Downsample(dim, width))
             dim, stride = width, 1
-        for _ in range(depth):
-            layers.append(RoadmapBlock(d, dim, width, stride))
+        for index in range(depth):
+            layers.append(RoadmapBlock(d, dim, width, stride, index, layer_scale))
             dim, stride = layers[-1].dim, 1
     head = Head(dim, num_classes)
     if not d.separate_downsampling:
@@ -530,6 +583,15 @@ def roadmap() -> Iterator[tuple[Step, Design]]:
         design = kept._replace(**step.change)
         yield step, design
         kept = design if step.kept else kept
+
+def named_design(name: str, width: int = 0) -> Design:
+    """The design of the step with this name, or of "window attention": its last with attention.
+
+    width: in place of the paper's 64 or 96. Raises KeyError for an unknown name.
+    """
+    designs = {step.name: design for step, design in roadmap()}
+    designs["window attention"] = [*designs.values()][-1]._replace(attention=True)
+    return designs[name]._replace(**{"width": width} if width else {})
 
 def road_table() -> Iterator[str]:
     """Yield a line per step: accuracy, gain and cost as printed, and the cost as counted here."""

@@ -97,6 +97,11 @@ class Recipe:
     start_share: float = setting(0.5, "share of the epochs at --start-size", "[0, 1]")
     variant: str = setting(
         "tiny", "size of the network", tuple(convnext.VARIANTS), short="--model", group="network")
+    road: str | None = setting(None, "instead of a variant, the network of a step from ResNet-50 to "
+                               "ConvNeXt, or the last one with attention", (
+                                   *(step.name for step in convnext.ROADMAP), "window attention"))
+    width: int = setting(0, "with --road: channels in its first stage; 0: the paper's 64 or 96",
+                         "[0, inf)")
     # The paper has 4 and 1e-6. At 32x32 both of these learn faster; README.md has the tables.
     patch_size: int = setting(2, "side of the stem's patches", (1, 2, 4))
     layer_scale: float | None = setting(None, "initial value of LayerScale, 0: none. Default: "
@@ -116,8 +121,8 @@ class Recipe:
     batch_size: int = setting(128, "images per step", "[1, inf)", short="-b")
     accumulate: int = setting(1, "split each step into this many parts, to need less memory",
                               "[1, inf)")
-    optimizer: str = setting("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest",
-                             ("adamw", "muon"))
+    optimizer: str = setting("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest; "
+                             "sgd: with a momentum of 0.9", ("adamw", "muon", "sgd"))
     lr: float = setting(1e-3, "highest learning rate", "(0, inf)")
     muon_lr: float = setting(0.02, "highest learning rate of Muon", "(0, inf)")
     min_lr: float = setting(1e-6, "learning rate at the end; Muon's falls in proportion",
@@ -244,23 +249,25 @@ def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
                      layer_decay: float = 1.0, muon: bool = False) -> list[dict]:
     """What trains, by optimiser, weight decay and `lr_scale`, the factor on the learning rate.
     Only matrices and filters decay: norms, biases, LayerScale and GRN have one axis and do not."""
-    depths, groups = tuple(map(len, model.stages)), {}
-    head = layer_number("head", depths)
+    depths, groups = tuple(map(len, getattr(model, "stages", ()))), {}  # the road has no stages
     for name, p in model.named_parameters():
         if p.requires_grad:
+            below_head = layer_number("head", depths) - layer_number(name, depths) if depths else 0
             about = {"muon": muon and ".pwconv" in name and p.ndim == 2,
                      "weight_decay": weight_decay * (p.ndim >= 2),
-                     "lr_scale": layer_decay ** (head - layer_number(name, depths))}
+                     "lr_scale": layer_decay**below_head}
             groups.setdefault((*about.values(),), about | {"params": []})["params"].append(p)
     return list(groups.values())
 
 def make_optimizers(model: convnext.ConvNeXt, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW; with --optimizer muon, Muon for the matrices of the blocks and AdamW for the rest.
+    """AdamW or SGD; with --optimizer muon, Muon for the blocks' matrices and AdamW for the rest.
     Muon orthogonalises the step of a matrix, so that all directions are learned equally fast."""
     r, parts = recipe, {True: [], False: []}
     for group in parameter_groups(model, r.weight_decay, r.layer_decay, r.optimizer == "muon"):
         group["lr_scale"] *= r.muon_lr / r.lr if group["muon"] else 1
         parts[group["muon"]].append(group)
+    if r.optimizer == "sgd":
+        return [torch.optim.SGD(parts[False], lr=r.lr, momentum=0.9, fused=True)]
     optimizers = [torch.optim.AdamW(parts[False], lr=r.lr, betas=(0.9, r.beta2), fused=True)]
     if parts[True]:
         optimizers.append(torch.optim.Muon(parts[True], lr=r.muon_lr))
@@ -686,6 +693,10 @@ def open_weights(source: str) -> Source:
             (content, images), metadata = convnext.download(source), {}
         else:
             (content, metadata), images = convnext.read_file(source), {}
+        if content.get("made_by") == MADE_BY and content["args"]["road"]:
+            return Source(source, convnext.Weights({}, "road", {}), {}, {
+                name: content[name] for name in ("mean", "std")} | {
+                "img_size": content["args"]["img_size"]}, content)
         weights = convnext.read_weights(content)
         network = convnext.infer_architecture(weights)
         if network["in_channels"] != 3:
@@ -781,10 +792,14 @@ class Run:
         self.sums: dict[str, Any] = {"loss": torch.zeros(())}  # over the present epoch
         self.stopped_by = 0  # the signal that ends the run after the present step
         torch.manual_seed(recipe.seed)
-        self.model = convnext.create_convnext(
-            recipe.variant, num_classes=len(self.data.classes), patch_size=recipe.patch_size,
-            drop_path=recipe.drop_path, layer_scale=recipe.layer_scale,
-            head_init_scale=recipe.head_init_scale).to(memory_format=torch.channels_last)
+        network = {"num_classes": len(self.data.classes), "patch_size": recipe.patch_size,
+                   "layer_scale": recipe.layer_scale}
+        self.model = convnext.roadmap_network(
+            convnext.named_design(recipe.road, recipe.width), **network,
+        ) if recipe.road else convnext.create_convnext(
+            recipe.variant, drop_path=recipe.drop_path, head_init_scale=recipe.head_init_scale,
+            **network)
+        self.model.to(memory_format=torch.channels_last)
         if recipe.init == "fan-in":
             fan_in_init(self.model)
         self.origin = self.load_initial(source) if source and not resume else ""
@@ -904,9 +919,9 @@ def describe(run: Run) -> None:
     """Print what is about to happen, and note the settings in args.json."""
     r, data, parameters = run.recipe, run.data, [p.numel() for p in run.model.parameters()]
     write_file(run.folder / "args.json", lambda path: path.write_text(json.dumps(asdict(r))))
-    say(f"model   ConvNeXt-{r.variant}, patch size {r.patch_size}: {sum(parameters):,} parameters, "
+    say(f"model   {r.road or f'ConvNeXt-{r.variant}'}, patch size {r.patch_size}: {sum(parameters):,} parameters, "
         f"{run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n"
-        f"init    {run.origin or r.init}\n"
+        f"init    {run.origin or ('PyTorch' if r.road else r.init)}\n"
         f"data    {r.dataset}: {len(data.train):,} training + {len(data.val or []):,} held-out + "
         f"{len(data.test):,} test images, {len(data.classes)} classes ({some(data.classes)})\n"
         f"device  {run.device}, {str(run.precision)[6:]}, torch {torch.__version__}\n"
@@ -946,25 +961,31 @@ def train(run: Run) -> None:
         if run.step == begun:  # a complete run; one of its files may be missing
             save(run)
 
-def report(source: Source, recipe: Recipe, test: Images) -> None:
+def report(name: str, model: nn.Module, recipe: Recipe, test: Images, mean: Tensor,
+           std: Tensor) -> None:
+    """Print the accuracy of a network on the test images."""
+    for mirror in (False, True) if recipe.tta else (False,):
+        loss, top1, top5 = evaluate(model, test, mean, std, recipe.workers,
+                                    pick_precision(recipe.amp, mean.device), mirror).values()
+        say(f"{name}{' with mirror images' if mirror else ''}: test loss {loss:.4f}  top-1 "
+            f"{top1:.2f} %  top-5 {top5:.2f} %  of {len(test):,} images of {recipe.img_size} px")
+
+def report_source(source: Source, recipe: Recipe) -> None:
     """Print the accuracy of a source's weights on the test images."""
+    test, device = load_split(recipe, False, source.notes.get("classes")), pick_device(recipe.device)
     check_classes(source, test.classes)
-    device = pick_device(recipe.device)
-    mean, std = (torch.tensor(source.images[name], device=device) for name in ("mean", "std"))
     with naming(source.name):
         model = convnext.from_checkpoint(source.weights)
     model.to(device, memory_format=torch.channels_last)
-    for mirror in (False, True) if recipe.tta else (False,):
-        loss, top1, top5 = evaluate(model, test, mean, std, recipe.workers,
-                                    pick_precision(recipe.amp, device), mirror).values()
-        say(f"{source.name}{' with mirror images' if mirror else ''}: test loss {loss:.4f}  top-1 "
-            f"{top1:.2f} %  top-5 {top5:.2f} %  of {len(test):,} images of {recipe.img_size} px")
+    mean, std = (torch.tensor(source.images[name], device=device) for name in ("mean", "std"))
+    report(source.name, model, recipe, test, mean, std)
 
 # --- 9. Command line ----------------------------------------------------------------------------
 FIELDS = {field.name: field for field in fields(Recipe)}
 ANY_TIME = {"resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta"}
 EVALUATION = {"eval_only", "dataset", "data_dir", "img_size", "crop_pct", "skip_bad", "workers",
               "device", "amp", "tta"}
+NO_ROAD = {"variant", "drop_path", "init", "head_init_scale", "init_from", "layer_decay"}
 KINDS = {name: (*get_args(field.type), field.type)[0] for name, field in FIELDS.items()}
 
 def flag(name: str) -> str:
@@ -1039,6 +1060,14 @@ def refuse_contradictions(given: dict[str, Any], notes: Mapping[str, Any]) -> No
              "--recipe fast and --init fan-in begin with new weights, without --init-from"),
             (not names & {"init_from", "resume"} and tuned,
              "--recipe finetune and --freeze-backbone need weights: --init-from SOURCE"),
+            (saved.get("road") and "resume" not in names,
+             "this is a network of the road, which --resume alone can take"),
+            (given.get("road") and names & NO_ROAD,
+             f"--road has no {some([flag(k) for k in given if k in NO_ROAD])}"),
+            (given.get("road") and ("muon" in (given.get("optimizer"), )
+                                    or new and "optimizer" not in names),
+             "--road has no matrices for Muon: give --optimizer adamw"),
+            (not names & {"road", "resume"} and "width" in names, "--width needs a --road"),
             (not names & {"teacher", "resume"} and names & {"distill_alpha", "distill_temperature"},
              "--distill-alpha and --distill-temperature need a --teacher")):
         if wrong:
@@ -1064,6 +1093,8 @@ def combine(given: dict[str, Any], source: Source | None = None) -> Recipe:
         named = {"fast": FAST, "finetune": finetune(known["variant"], known["batch_size"])}.get(
             name, {})
         say(f"{name}: " + ", ".join(f"{flag(k)} {v}" for k, v in named.items() if k not in given))
+    if given.get("road"):
+        named = {k: v for k, v in named.items() if k not in NO_ROAD} | {"drop_path": 0.0}
     if given.get("freeze_backbone"):
         named = named | {"drop_path": 0.0}  # what does not learn needs no noise
     return Recipe(**weights | named | given)
@@ -1075,7 +1106,7 @@ def main(argv: list[str]) -> int:
     source = open_weights(origin) if origin else None
     recipe = combine(given, source)
     if "eval_only" in given:
-        report(source, recipe, load_split(recipe, False, source.notes.get("classes")))
+        report_source(source, recipe)
         return 0
     recipe.output = recipe.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{recipe.variant}")
     folder, last = Path(recipe.output), Path(recipe.output) / "last.pt"
@@ -1103,7 +1134,9 @@ def main(argv: list[str]) -> int:
         say(f"stopped; to go on: python train.py --resume {last}", sys.stderr)
         return 128 + run.stopped_by
     for path in (last, folder / "best.pt") if run.data.val else (last,):
-        report(open_weights(str(path)), recipe, run.data.test)
+        run.load_state(convnext.read_file(path)[0])
+        report(str(path), run.ema.module if run.ema else run.model, recipe, run.data.test,
+               run.data.mean, run.data.std)
     return 0
 
 def unfailing(method: Callable) -> Callable:
