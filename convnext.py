@@ -468,13 +468,14 @@ class WindowAttention(nn.Module):
         y = W · softmax(q · kᵀ / √d + B) · v,   d = dim / heads = 16, q, k, v = linear(x)
 
     B is learned per head and relative position. What lies outside of the map is masked. shift: the
-    windows begin 3 positions further up and left, in every other block of Swin, so that what one
-    block keeps apart the next one mixes. Raises ValueError unless dim is a multiple of heads.
+    second window begins at position 3, not 7: in every other block of Swin, so that the next block
+    mixes what one keeps apart. Raises ValueError unless dim is a multiple of the number of heads.
     """
 
     def __init__(self, dim: int, shift: bool, window: int = 7) -> None:
         super().__init__()
-        self.window, self.offset, self.heads = window, window // 2 if shift else 0, dim // 16 or 1
+        self.window, self.heads = window, max(1, dim // 16)
+        self.outside = window - window // 2 if shift else 0  # of the first window, up and left
         if dim % self.heads:
             raise ValueError(f"{dim} channels cannot be divided into {self.heads} heads")
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -484,7 +485,7 @@ class WindowAttention(nn.Module):
         self.register_buffer("index", step[..., 0] * (2 * window - 1) + step[..., 1], False)
 
     def forward(self, x: Tensor) -> Tensor:
-        (h, w), n, before = x.shape[2:], self.window, self.offset
+        (h, w), n, before = x.shape[2:], self.window, self.outside
         sides = (before, -(w + before) % n, before, -(h + before) % n)  # fill up to whole windows
         columns = (w + sum(sides[:2])) // n
 

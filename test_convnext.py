@@ -43,6 +43,7 @@ import torchvision.transforms.v2.functional as TF
 import transformers
 from huggingface_hub.errors import EntryNotFoundError
 from nbclient import NotebookClient
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -357,6 +358,31 @@ def test_road_leads_from_torchvisions_resnet_50_to_convnext_tiny():
         logits = logits_of(peer, x)
         torch.testing.assert_close(logits_of(network, x), logits,
                                    atol=1e-5 * logits.std().item(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_window_attention_is_torchvisions(shift):
+    from torchvision.models.swin_transformer import shifted_window_attention
+
+    layer, x = convnext.WindowAttention(32, shift), torch.randn(2, 32, 14, 21)
+    with torch.no_grad():
+        bias = rearrange(layer.bias.normal_()[:, layer.index], "heads q k -> 1 heads q k")
+        peer = shifted_window_attention(
+            rearrange(x, "b c h w -> b h w c"), layer.qkv.weight, layer.proj.weight, bias, [7, 7],
+            num_heads=2, shift_size=[3 * shift] * 2, qkv_bias=layer.qkv.bias,
+            proj_bias=layer.proj.bias)
+        torch.testing.assert_close(layer(x), rearrange(peer, "b h w c -> b c h w"))
+        # torchvision's attends to the filling of windows that the map does not fill, ours must not:
+        # compute one such window, with 4 rows and 2 columns, by itself.
+        x = x[:, :, : 11 - 4 * shift, : 9 - 4 * shift]
+        rows, columns = x.shape[2] - 4, x.shape[3] - 2
+        q, k, v = rearrange(layer.qkv(rearrange(x[:, :, rows:, columns:], "b c h w -> b (h w) c")),
+                            "b t (three m d) -> three b m t d", three=3, m=2)
+        bias = rearrange(bias, "1 m (p q) (r s) -> m p q r s", p=7, r=7)[:, :4, :2, :4, :2]
+        weights = (q @ k.mT / 4 + rearrange(bias, "m p q r s -> m (p q) (r s)")).softmax(-1)
+        y = layer.proj(rearrange(weights @ v, "b m t d -> b t (m d)"))
+        torch.testing.assert_close(rearrange(y, "b (h w) c -> b c h w", h=4),
+                                   layer(x)[:, :, rows:, columns:])
 
 
 def test_the_table_of_variants():
