@@ -927,7 +927,7 @@ def outcome(line):
 
 
 @pytest.mark.parametrize(("optimizer", "parts", "tolerance"), [
-    ("adamw", 3, 0.01), ("muon", 1, 1e-3)])
+    ("adamw", 3, 0.01), ("muon", 1, 1e-3), ("sgd", 1, 1e-3)])
 def test_steps_are_pytorchs(small, optimizer, parts, tolerance):
     """With parts of unequal size, clipping, two optimisers and the average of the weights."""
     run = train.Run(settings(
@@ -941,6 +941,9 @@ def test_steps_are_pytorchs(small, optimizer, parts, tolerance):
         groups[0 if p.ndim == 1 else 1 if matrix else 2].append(p)
     theirs = [torch.optim.AdamW([{"params": rest, "weight_decay": 0.3},
                                  {"params": flat, "weight_decay": 0}], fused=True)]
+    if optimizer == "sgd":
+        theirs = [torch.optim.SGD(theirs[0].param_groups, momentum=0.9, lr=1)]
+        theirs[0].param_groups[0]["weight_decay"] = 0.3
     theirs += [torch.optim.Muon(muon, weight_decay=0.3)] if muon else []
     for step in range(4):
         x, y = torch.randn(20, 3, 32, 32), torch.eye(8)[torch.randint(8, (20,))]
@@ -1278,6 +1281,32 @@ def test_what_ends_a_run_loses_nothing(pretrained, monkeypatch, capsys, more):
     for name, read in (("last.pt", torch.load), ("best.pt", torch.load), ("metrics.csv", read_csv),
                        ("weights.safetensors", load_file)):
         assert plain(read(f"parts/{name}")) == plain(read(f"whole/{name}")), name
+
+
+def test_networks_of_the_road_train_and_resume(small, monkeypatch):
+    """Also BatchNorm's running statistics come back; what the road has not is refused."""
+    line = ("--dataset synthetic -j 0 --epochs 2 -b 35 --val-size 20 --mix-prob 0 --width 16 "
+            "--patch-size 4 --optimizer sgd --lr 0.05 --road ")
+    assert outcome(f"{line}ResNet-50 --output whole") == "0"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "augment", at_call(3, train.augment,
+                                                lambda: signal.raise_signal(signal.SIGINT)))
+        assert outcome(f"{line}ResNet-50 --output parts") == "130"
+    assert outcome("--resume parts/last.pt") == "0"
+    whole, parts = (torch.load(f"{name}/last.pt") for name in ("whole", "parts"))
+    assert plain(whole) == plain(parts) and "1.running_mean" in whole["model"]
+    for flags, text in (
+            (f"{line}LayerNorm --drop-path 0.1", "--road has no --drop-path"),
+            (f"{line}LayerNorm --optimizer muon", "give --optimizer adamw"),
+            ("--recipe fast --road LayerNorm", "give --optimizer adamw"),
+            ("--width 8", "--width needs a --road"),
+            ("--init-from whole/last.pt", "whole/last.pt: it holds a network of the road"),
+            ("--eval-only whole/last.pt", "whole/last.pt: it holds a network of the road"),
+            (f"{QUICK} --teacher whole/last.pt", "whole/last.pt: it holds a network of the road")):
+        assert re.match(f"UserError: .*{text}", outcome(flags)), flags
+    given = train.parse([*line.split(), "window attention", "--width", "40", "--output", "x"])
+    with pytest.raises(train.UserError, match="40 channels cannot be divided into 2 heads"):
+        train.Run(train.combine(given))
 
 
 @pytest.mark.parametrize(("number", "result"), [

@@ -661,7 +661,7 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "img_si
 class Source(NamedTuple):
     """What a file or a download holds."""
     name: str
-    weights: convnext.Weights  # the average of the weights, where there is one
+    weights: convnext.Weights | None  # averaged, where there is an average; None for the road
     network: dict[str, Any]  # variant, patch_size, layer_scale, num_classes: from the weights
     images: dict[str, Any]  # that the network expects: mean, std, img_size and perhaps crop_pct
     notes: dict[str, Any]  # args, classes and more, if this program made the file
@@ -685,18 +685,18 @@ def checksum(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
         digest.update(name.encode() + bytes(tensors[name].flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
 
-def open_weights(source: str) -> Source:
-    """Read a file or a download of any layout. Raises UserError unless it holds a ConvNeXt.
-    Notes are trusted only in files with the mark of this program."""
+def open_weights(source: str, resume: bool = False) -> Source:
+    """Read a file or a download of any layout. Raises UserError unless it holds a ConvNeXt or, to
+    resume, a network of the road. Notes are trusted only in files with this program's mark."""
     with naming(source):
         if source.startswith(convnext.DOWNLOADS):
             (content, images), metadata = convnext.download(source), {}
         else:
             (content, metadata), images = convnext.read_file(source), {}
         if content.get("made_by") == MADE_BY and content["args"]["road"]:
-            return Source(source, convnext.Weights({}, "road", {}), {}, {
-                name: content[name] for name in ("mean", "std")} | {
-                "img_size": content["args"]["img_size"]}, content)
+            if not resume:
+                raise ValueError("it holds a network of the road, which --resume alone can take")
+            return Source(source, None, {}, {k: content[k] for k in ("mean", "std")}, content)
         weights = convnext.read_weights(content)
         network = convnext.infer_architecture(weights)
         if network["in_channels"] != 3:
@@ -794,11 +794,14 @@ class Run:
         torch.manual_seed(recipe.seed)
         network = {"num_classes": len(self.data.classes), "patch_size": recipe.patch_size,
                    "layer_scale": recipe.layer_scale}
-        self.model = convnext.roadmap_network(
-            convnext.named_design(recipe.road, recipe.width), **network,
-        ) if recipe.road else convnext.create_convnext(
-            recipe.variant, drop_path=recipe.drop_path, head_init_scale=recipe.head_init_scale,
-            **network)
+        if recipe.road:
+            with naming(f"--road {recipe.road} --width {recipe.width}"):
+                self.model: nn.Module = convnext.roadmap_network(
+                    convnext.named_design(recipe.road, recipe.width), **network)
+        else:
+            self.model = convnext.create_convnext(
+                recipe.variant, drop_path=recipe.drop_path,
+                head_init_scale=recipe.head_init_scale, **network)
         self.model.to(memory_format=torch.channels_last)
         if recipe.init == "fan-in":
             fan_in_init(self.model)
@@ -1001,7 +1004,7 @@ def complete(r: Recipe) -> None:
         value, allowed = getattr(r, name), about.metadata["allowed"]
         fine = isinstance(value, KINDS[name]) or value is about.default is None
         if fine and isinstance(allowed, tuple):
-            fine = value in allowed
+            fine = value is None or value in allowed
         elif fine and allowed and value is not None:
             low, high = map(float, allowed[1:-1].split(","))
             fine = (low <= value <= high and (value > low or allowed[0] == "[")
@@ -1060,12 +1063,9 @@ def refuse_contradictions(given: dict[str, Any], notes: Mapping[str, Any]) -> No
              "--recipe fast and --init fan-in begin with new weights, without --init-from"),
             (not names & {"init_from", "resume"} and tuned,
              "--recipe finetune and --freeze-backbone need weights: --init-from SOURCE"),
-            (saved.get("road") and "resume" not in names,
-             "this is a network of the road, which --resume alone can take"),
-            (given.get("road") and names & NO_ROAD,
+            ("road" in names and names & NO_ROAD,
              f"--road has no {some([flag(k) for k in given if k in NO_ROAD])}"),
-            (given.get("road") and ("muon" in (given.get("optimizer"), )
-                                    or new and "optimizer" not in names),
+            ("road" in names and given.get("optimizer", "muon" if new else "") == "muon",
              "--road has no matrices for Muon: give --optimizer adamw"),
             (not names & {"road", "resume"} and "width" in names, "--width needs a --road"),
             (not names & {"teacher", "resume"} and names & {"distill_alpha", "distill_temperature"},
@@ -1082,7 +1082,7 @@ def combine(given: dict[str, Any], source: Source | None = None) -> Recipe:
         saved = source.notes.get("args", {"dataset": "imagenet"})
         weights = {k: v for k, v in (source.network | source.images).items() if k in (
             "variant", "patch_size", "layer_scale", "img_size", "crop_pct")}
-        if given.get("img_size", weights["img_size"]) != weights["img_size"]:
+        if given.get("img_size") not in (None, weights.get("img_size")):
             weights["crop_pct"] = None  # it belongs to the weights' own size
     if "resume" in given:
         named = saved | {"output": str(Path(given["resume"]).parent)}
@@ -1103,7 +1103,7 @@ def main(argv: list[str]) -> int:
     """Do what the command line says -> the exit code. Raises UserError and KeyboardInterrupt."""
     given = parse(argv)
     origin = given.get("resume") or given.get("eval_only") or given.get("init_from")
-    source = open_weights(origin) if origin else None
+    source = open_weights(origin, "resume" in given) if origin else None
     recipe = combine(given, source)
     if "eval_only" in given:
         report_source(source, recipe)
