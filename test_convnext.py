@@ -41,9 +41,9 @@ import torchvision
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
 import transformers
+from einops import rearrange
 from huggingface_hub.errors import EntryNotFoundError
 from nbclient import NotebookClient
-from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -927,12 +927,14 @@ def outcome(line):
 
 
 @pytest.mark.parametrize(("optimizer", "parts", "tolerance"), [
-    ("adamw", 3, 0.01), ("muon", 1, 1e-3), ("sgd", 1, 1e-3)])
+    ("adamw", 3, 0.01), ("muon", 1, 1e-3), ("sgd", 1, 0.2)])  # norms move by a few roundings
 def test_steps_are_pytorchs(small, optimizer, parts, tolerance):
     """With parts of unequal size, clipping, two optimisers and the average of the weights."""
+    peak = 1.0 if optimizer == "sgd" else 1e-3
     run = train.Run(settings(
-        f"{QUICK} --output x --amp off --drop-path 0 -b 20 --epochs 4 --wd 0.3 --schedule linear "
-        f"--optimizer {optimizer} --accumulate {parts} --clip-grad 0.5 --ema-horizon 0.5"))
+        f"{QUICK} --output x --amp off --drop-path 0 -b 20 --epochs 4 --lr {peak} --wd 0.3 "
+        f"--schedule linear --optimizer {optimizer} --accumulate {parts} --clip-grad 0.5 "
+        "--ema-horizon 0.5"))
     model, average, run.sums = copy.deepcopy(run.model), {}, {"loss": 0.0}
     before, ps = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
     flat, muon, rest = groups = [], [], []
@@ -950,7 +952,7 @@ def test_steps_are_pytorchs(small, optimizer, parts, tolerance):
         train.train_step(run, x, y)
         F.cross_entropy(model(x), y, label_smoothing=0.1).backward()
         nn.utils.clip_grad_norm_(ps.values(), 0.5)
-        lr = 1e-6 + (1e-3 - 1e-6) * (20 - step) / 19 if step else 1e-3  # after one step of warmup
+        lr = 1e-6 + (peak - 1e-6) * (20 - step) / 19 if step else peak  # after one step of warmup
         for optim, factor in zip(theirs, (1, 20)):
             for group in optim.param_groups:
                 group["lr"] = factor * lr
@@ -1304,8 +1306,8 @@ def test_networks_of_the_road_train_and_resume(small, monkeypatch):
             ("--eval-only whole/last.pt", "whole/last.pt: it holds a network of the road"),
             (f"{QUICK} --teacher whole/last.pt", "whole/last.pt: it holds a network of the road")):
         assert re.match(f"UserError: .*{text}", outcome(flags)), flags
-    given = train.parse([*line.split(), "window attention", "--width", "40", "--output", "x"])
-    with pytest.raises(train.UserError, match="40 channels cannot be divided into 2 heads"):
+    given = train.parse([*line.split(), "window attention", "--width", "33", "--output", "x"])
+    with pytest.raises(train.UserError, match="33 channels cannot be divided into 2 heads"):
         train.Run(train.combine(given))
 
 

@@ -97,9 +97,9 @@ class Recipe:
     start_share: float = setting(0.5, "share of the epochs at --start-size", "[0, 1]")
     variant: str = setting(
         "tiny", "size of the network", tuple(convnext.VARIANTS), short="--model", group="network")
-    road: str | None = setting(None, "instead of a variant, the network of a step from ResNet-50 to "
-                               "ConvNeXt, or the last one with attention", (
-                                   *(step.name for step in convnext.ROADMAP), "window attention"))
+    road: str | None = setting(
+        None, "instead of a variant, the network after a step from ResNet-50 to ConvNeXt, or the "
+        "last one with attention", (*(step.name for step in convnext.ROADMAP), "window attention"))
     width: int = setting(0, "with --road: channels in its first stage; 0: the paper's 64 or 96",
                          "[0, inf)")
     # The paper has 4 and 1e-6. At 32x32 both of these learn faster; README.md has the tables.
@@ -922,8 +922,8 @@ def describe(run: Run) -> None:
     """Print what is about to happen, and note the settings in args.json."""
     r, data, parameters = run.recipe, run.data, [p.numel() for p in run.model.parameters()]
     write_file(run.folder / "args.json", lambda path: path.write_text(json.dumps(asdict(r))))
-    say(f"model   {r.road or f'ConvNeXt-{r.variant}'}, patch size {r.patch_size}: {sum(parameters):,} parameters, "
-        f"{run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n"
+    say(f"model   {r.road or f'ConvNeXt-{r.variant}'}, patch size {r.patch_size}: "
+        f"{sum(parameters):,} parameters, {run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n"
         f"init    {run.origin or ('PyTorch' if r.road else r.init)}\n"
         f"data    {r.dataset}: {len(data.train):,} training + {len(data.val or []):,} held-out + "
         f"{len(data.test):,} test images, {len(data.classes)} classes ({some(data.classes)})\n"
@@ -975,10 +975,11 @@ def report(name: str, model: nn.Module, recipe: Recipe, test: Images, mean: Tens
 
 def report_source(source: Source, recipe: Recipe) -> None:
     """Print the accuracy of a source's weights on the test images."""
-    test, device = load_split(recipe, False, source.notes.get("classes")), pick_device(recipe.device)
+    test = load_split(recipe, False, source.notes.get("classes"))
     check_classes(source, test.classes)
     with naming(source.name):
         model = convnext.from_checkpoint(source.weights)
+    device = pick_device(recipe.device)
     model.to(device, memory_format=torch.channels_last)
     mean, std = (torch.tensor(source.images[name], device=device) for name in ("mean", "std"))
     report(source.name, model, recipe, test, mean, std)
