@@ -693,7 +693,7 @@ def open_weights(source: str, resume: bool = False) -> Source:
             (content, images), metadata = convnext.download(source), {}
         else:
             (content, metadata), images = convnext.read_file(source), {}
-        if content.get("made_by") == MADE_BY and content["args"]["road"]:
+        if content.get("made_by") == MADE_BY and content["args"].get("road"):
             if not resume:
                 raise ValueError("it holds a network of the road, which --resume alone can take")
             return Source(source, None, {}, {k: content[k] for k in ("mean", "std")}, content)
@@ -924,7 +924,7 @@ def describe(run: Run) -> None:
     write_file(run.folder / "args.json", lambda path: path.write_text(json.dumps(asdict(r))))
     say(f"model   {r.road or f'ConvNeXt-{r.variant}'}, patch size {r.patch_size}: "
         f"{sum(parameters):,} parameters, {run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n"
-        f"init    {run.origin or ('PyTorch' if r.road else r.init)}\n"
+        f"init    {run.origin or ('pytorch' if r.road else r.init)}\n"
         f"data    {r.dataset}: {len(data.train):,} training + {len(data.val or []):,} held-out + "
         f"{len(data.test):,} test images, {len(data.classes)} classes ({some(data.classes)})\n"
         f"device  {run.device}, {str(run.precision)[6:]}, torch {torch.__version__}\n"
