@@ -469,7 +469,8 @@ class WindowAttention(nn.Module):
 
     B is learned per head and relative position. What lies outside of the map is masked. shift: the
     second window begins at position 3, not 7: in every other block of Swin, so that the next block
-    mixes what one keeps apart. Raises ValueError unless dim is a multiple of the number of heads.
+    mixes what one keeps apart. (Not where one window is the whole map.) Raises ValueError unless
+    dim is a multiple of the number of heads.
     """
 
     def __init__(self, dim: int, shift: bool, window: int = 7) -> None:
@@ -485,7 +486,8 @@ class WindowAttention(nn.Module):
         self.register_buffer("index", step[..., 0] * (2 * window - 1) + step[..., 1], False)
 
     def forward(self, x: Tensor) -> Tensor:
-        (h, w), n, before = x.shape[2:], self.window, self.outside
+        (h, w), n = x.shape[2:], self.window
+        before = self.outside if max(h, w) > n else 0
         sides = (before, -(w + before) % n, before, -(h + before) % n)  # fill up to whole windows
         columns = (w + sum(sides[:2])) // n
 
