@@ -1745,7 +1745,8 @@ def test_notebook(monkeypatch):
         assert not any(isinstance(node, ast.ClassDef) for node in nodes), cell.source
         called = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
         assert not called & {"optim", "step", "zero_grad"}, cell.source
-        assert len(cell.source.splitlines()) <= 20, cell.source
+        hidden = "hide-input" in cell.metadata.get("tags", ())  # pictures, set-up
+        assert hidden or len(cell.source.splitlines()) <= 30, cell.source
         assert cell.execution_count and all(o.output_type != "error" for o in cell.outputs)
     assert (HERE / "walkthrough.ipynb").stat().st_size < 1.5e6
     monkeypatch.delenv("CIFAR10_FOLDER", raising=False)
