@@ -555,7 +555,7 @@ def roadmap_network(design: Design, num_classes: int = 1000, patch_size: int = 4
                     layer_scale: float = 1e-6) -> nn.Sequential:
     """Build any network of the road, with PyTorch's initialisation. (b, 3, h, w) -> (b, classes)
 
-    patch_size: the stem's total stride, also in networks without patches: 4; 1 or 2 at 32x32 pixels.
+    patch_size: the stem's stride, also without patches: 4, or 1 or 2 for images of 32x32 pixels.
     layer_scale: see Block. The paper's networks had stochastic depth too, which is left out here.
     """
     d, dim = design, design.width
