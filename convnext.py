@@ -84,10 +84,11 @@ class DepthwiseConv(nn.Conv2d):
         y[c, i, j] = Σ_{u,v} W[c, u, v] · x[c, i + u - 3, j + v - 3] + bias[c],   u, v = 0 ... 6
 
     Outside of the map x is zero. Like the weighted sum in self-attention, this mixes positions and
-    keeps channels apart. ResNeXt had mixed only small groups of channels, MobileNet none (section
-    2.3). It takes 49·dim multiplications per position, where a dense 7x7 convolution takes 49·dim².
-    So a large kernel is affordable. 3x3 -> 7x7 gains 0.65 points of accuracy, and larger kernels no
-    more; the windows of Swin's attention are at least 7x7, too (section 2.5).
+    keeps channels apart. (ResNeXt's convolutions mixed the channels of small groups, MobileNet's
+    mixed none; section 2.3.) It takes 49·dim multiplications per position, where a dense 7x7
+    convolution takes 49·dim². So a large kernel is affordable. 3x3 -> 7x7 gains 0.65 points of
+    accuracy, and larger kernels no more; the windows of Swin's attention are at least 7x7, too
+    (section 2.5).
     """
 
     def __init__(self, dim: int, kernel_size: int = 7) -> None:
@@ -343,7 +344,7 @@ class ConvNeXt(nn.Module):
         return maps[1:]
 
     def _check(self, x: Tensor) -> None:
-        # Ask the layers themselves, since a user may have replaced the stem.
+        # Ask the layers, since a user may have replaced the stem's convolution by a different one.
         convolutions = [m for m in self.downsample_layers.modules() if isinstance(m, nn.Conv2d)]
         channels = convolutions[0].in_channels
         stride = math.prod([m.stride[0] for m in convolutions])  # torch.compile wants a list
@@ -395,7 +396,7 @@ def create_convnext(variant: str, *, layer_scale: float | None = None, **options
 # The network ends here. What follows measures it.
 
 def count_macs(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
-    """Count the multiply-accumulates of convolutions and linear layers for one square image.
+    """Count the multiply-accumulates of convolutions, linear layers and attention for one image.
 
     The papers call them FLOPs. They are counted on the meta device, where tensors have only shapes.
     """
@@ -431,7 +432,7 @@ class Design(NamedTuple):
     one_norm: bool = False  # a block has one norm, not three
     norm: type[nn.Module] = nn.BatchNorm2d
     separate_downsampling: bool = False  # between the stages; with LayerScale and the head's norm
-    attention: bool = False  # Swin's instead of the depthwise convolution; not a step of the road
+    attention: bool = False  # Swin's, instead of the depthwise convolution; after the last step
 
 class Step(NamedTuple):
     name: str
@@ -456,94 +457,92 @@ ROADMAP = (
     Step("GELU", {"act": nn.GELU}, 80.62, 4.15),
     Step("one activation", {"one_act": True}, 81.27, 4.15),
     Step("one norm", {"one_norm": True}, 81.41, 4.15),
-    # Misprinted costs, it seems: they alone differ from our count. LayerNorm adds none to 4.15 (nor
-    # does it in the paper's table 11), and ConvNeXt-Tiny has 4.46.
+    # These two costs seem to be misprints: LayerNorm adds nothing to 4.15 (see also the paper's
+    # table 11), and ConvNeXt-Tiny has 4.46.
     Step("LayerNorm", {"norm": LayerNorm2d}, 81.47, 4.46),
     Step("separate downsampling", {"separate_downsampling": True}, 81.97, 4.49),
 )
 
 class WindowAttention(nn.Module):
-    """Self-attention within windows of 7x7 positions, as in Swin. (b, dim, h, w) -> same shape
+    """Self-attention within windows of 7x7 positions, like Swin's. (b, dim, h, w) -> same shape
 
-        y = W · softmax(q · kᵀ / √d + B) · v,   d = dim / heads = 16, q, k, v = linear(x)
+        y = W · softmax(q · kᵀ / √d + B) · v,   q, k, v = linear(x),   d = dim / heads
 
-    B is learned per head and relative position. What lies outside of the map is masked. shift: the
-    second window begins at position 3, not 7: in every other block of Swin, so that the next block
-    mixes what one keeps apart. (Not where one window is the whole map.) Raises ValueError unless
-    dim is a multiple of the number of heads.
+    There is a head per 16 channels. B is learned, for each head and relative position. Positions
+    outside of the map are masked. shift: the windows begin at position 3 instead of 0, and what
+    lies before forms a smaller window. In Swin every other block is shifted, so that windows
+    exchange information. An axis with a single window is not shifted. Raises ValueError if dim is
+    not a multiple of the number of heads.
     """
 
     def __init__(self, dim: int, shift: bool, window: int = 7) -> None:
         super().__init__()
         self.window, self.heads = window, max(1, dim // 16)
-        self.outside = window - window // 2 if shift else 0  # of the first window, up and left
+        self.before = window - window // 2 if shift else 0  # rows of the first window off the map
         if dim % self.heads:
-            raise ValueError(f"{dim} channels cannot be divided into {self.heads} heads")
+            raise ValueError(f"{dim} channels cannot be divided into {self.heads} heads; give a "
+                             "multiple of 16")
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.bias = nn.Parameter(0.02 * torch.randn(self.heads, (2 * window - 1) ** 2))
-        place = torch.cartesian_prod(torch.arange(window), torch.arange(window))
-        step = place[:, None] - place + window - 1  # (49, 49, 2): from each position to each other
-        self.register_buffer("index", step[..., 0] * (2 * window - 1) + step[..., 1], False)
+        position = torch.cartesian_prod(torch.arange(window), torch.arange(window))
+        offset = position[:, None] - position + window - 1  # (49, 49, 2), rows and columns, from 0
+        self.register_buffer("index", offset[..., 0] * (2 * window - 1) + offset[..., 1],
+                             persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         (h, w), n = x.shape[2:], self.window
-        before = self.outside if max(h, w) > n else 0
-        sides = (before, -(w + before) % n, before, -(h + before) % n)  # fill up to whole windows
-        columns = (w + sum(sides[:2])) // n
-
-        def windows(x: Tensor, heads: int) -> Tensor:
-            return rearrange(F.pad(x, sides), "b (m c) (i p) (j q) -> b (i j) m (p q) c", m=heads,
-                             p=n, q=n)
-
-        x = self.qkv(rearrange(x, "b c h w -> b h w c"))
-        q, k, v = windows(rearrange(x, "b h w c -> b c h w"), 3 * self.heads).chunk(3, dim=2)
-        outside = windows(x.new_ones(1, 1, h, w), 1)[..., 0] == 0  # (1, windows, 1, 49)
-        bias = self.bias[:, self.index].masked_fill(rearrange(outside, "1 t 1 k -> t 1 1 k"), -1e4)
+        top, left = (self.before if size > n else 0 for size in (h, w))
+        sides = (left, -(w + left) % n, top, -(h + top) % n)  # fill up to whole windows
+        x = F.pad(self.qkv(rearrange(x, "b c h w -> b h w c")), (0, 0, *sides))
+        q, k, v = rearrange(x, "b (i p) (j q) (three m c) -> three b (i j) m (p q) c",
+                            three=3, m=self.heads, p=n, q=n)  # m heads of c channels
+        outside = F.pad(x.new_zeros(h, w), sides, value=1)
+        outside = rearrange(outside, "(i p) (j q) -> (i j) 1 1 (p q)", p=n, q=n)
+        bias = self.bias[:, self.index] - 1e4 * outside  # (windows, heads, 49, 49)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        y = rearrange(y, "b (i j) m (p q) c -> b (i p) (j q) (m c)", j=columns, p=n)
-        y = self.proj(y[:, before : before + h, before : before + w])
+        y = rearrange(y, "b (i j) m (p q) c -> b (i p) (j q) (m c)", j=x.shape[2] // n, p=n)
+        y = self.proj(y[:, top : top + h, left : left + w])
         return rearrange(y, "b h w c -> b c h w")
 
 class RoadmapBlock(nn.Module):
-    """A block between ResNet's and ConvNeXt's. (b, dim_in, h, w) -> (b, dim, h / stride, ...)
+    """A block between ResNet's and ConvNeXt's. (b, dim_in, h, w) -> (b, dim, h / s, w / s)
 
-    width: of the stage. dim, the number of output channels, is 4·width in ResNet's block. index:
-    the place in the stage.
+    width: that of the stage. There are self.dim output channels: 4·width, or width if inverted.
+    stride: s, of the kxk convolution and the shortcut. index: the position in the stage; in odd
+    ones attention is shifted.
     """
 
     def __init__(self, design: Design, dim_in: int, width: int, stride: int, index: int,
                  layer_scale: float) -> None:
         super().__init__()
-        d, k = design, design.kernel_size
+        d = design
         middle, self.dim = (4 * width, width) if d.inverted else (width, 4 * width)
-        removed_act = nn.Identity if d.one_act else d.act  # by the step "one activation"
+        optional_act = nn.Identity if d.one_act else d.act  # the step "one activation" removes it
 
         def conv(c_in: int, c_out: int, size: int = 1, stride: int = 1, groups: int = 1,
                  norm: bool = True) -> list[nn.Module]:
             if groups == c_in == c_out and stride == 1:
                 layer: nn.Conv2d = DepthwiseConv(c_in, size)
             else:
-                bias = not (norm and d.norm is nn.BatchNorm2d)  # which subtracts any bias
+                bias = not (norm and d.norm is nn.BatchNorm2d)  # BatchNorm subtracts any bias
                 layer = nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=bias)
             return [layer, d.norm(c_out)] if norm else [layer]
 
-        if d.depthwise_first:  # kxk - wide - narrow
-            mixer = conv(dim_in, dim_in, k, stride, groups=dim_in)
+        def mix(dim: int) -> list[nn.Module]:  # what mixes positions
             if d.attention:
-                mixer[0] = WindowAttention(dim_in, shift=index % 2 == 1)
-            layers = [*mixer, removed_act(),
-                      *conv(dim_in, middle, norm=not d.one_norm), d.act(),
-                      *conv(middle, self.dim, norm=not d.one_norm)]
+                return [WindowAttention(dim, shift=index % 2 == 1), d.norm(dim)]
+            return conv(dim, dim, d.kernel_size, stride, groups=dim if d.depthwise else 1)
+
+        if d.depthwise_first:  # kxk - wide - narrow
+            layers = [*mix(dim_in), optional_act(), *conv(dim_in, middle, norm=not d.one_norm)]
         else:  # 1x1 - kxk - 1x1
-            groups = middle if d.depthwise else 1
-            layers = [*conv(dim_in, middle, norm=not d.one_norm), removed_act(),
-                      *conv(middle, middle, k, stride, groups), d.act(),
-                      *conv(middle, self.dim, norm=not d.one_norm)]
-        self.branch = nn.Sequential(*layers)
-        same = (dim_in, stride) == (self.dim, 1)
-        self.shortcut = nn.Sequential(*([] if same else conv(dim_in, self.dim, stride=stride)))
-        self.act = removed_act()
-        # The paper does not say in which steps LayerScale was there; ConvNeXt has it.
+            layers = [*conv(dim_in, middle, norm=not d.one_norm), optional_act(), *mix(middle)]
+        self.branch = nn.Sequential(*layers, d.act(), *conv(middle, self.dim, norm=not d.one_norm))
+        keeps_shape = (dim_in, stride) == (self.dim, 1)
+        self.shortcut = nn.Sequential(
+            *([] if keeps_shape else conv(dim_in, self.dim, stride=stride)))
+        self.act = optional_act()
+        # The paper does not say from which step on LayerScale was used.
         scaled = d.separate_downsampling and layer_scale
         self.layer_scale = LayerScale(self.dim, layer_scale) if scaled else nn.Identity()
 
@@ -557,8 +556,11 @@ def roadmap_network(design: Design, num_classes: int = 1000, patch_size: int = 4
 
     patch_size: the stem's stride, also without patches: 4, or 1 or 2 for images of 32x32 pixels.
     layer_scale: see Block. The paper's networks had stochastic depth too, which is left out here.
+    Raises ValueError for a different patch_size, and for attention before the road's last step.
     """
     d, dim = design, design.width
+    if patch_size not in (1, 2, 4) or d.attention and not d.separate_downsampling:
+        raise ValueError("patch_size must be 1, 2 or 4, and attention needs separate_downsampling")
     if d.patchify:  # the paper names no norm here before the last step, so this one is a guess
         layers: list[nn.Module] = [Patchify(3, dim, patch_size), d.norm(dim)]
     else:
@@ -588,13 +590,13 @@ def roadmap() -> Iterator[tuple[Step, Design]]:
         kept = design if step.kept else kept
 
 def named_design(name: str, width: int = 0) -> Design:
-    """The design of the step with this name, or of "window attention": its last with attention.
+    """Return the design after the step with this name. "window attention": the last with attention.
 
-    width: in place of the paper's 64 or 96. Raises KeyError for an unknown name.
+    width: instead of the paper's 64 or 96; 0 keeps these. Raises KeyError for an unknown name.
     """
     designs = {step.name: design for step, design in roadmap()}
     designs["window attention"] = [*designs.values()][-1]._replace(attention=True)
-    return designs[name]._replace(**{"width": width} if width else {})
+    return designs[name]._replace(width=width or designs[name].width)
 
 def road_table() -> Iterator[str]:
     """Yield a line per step: accuracy, gain and cost as printed, and the cost as counted here."""
@@ -614,9 +616,9 @@ def road_table() -> Iterator[str]:
 # --- Part 3. Weights: the checkpoints of other libraries, in and out ------------------------------
 
 # The authors (Meta), timm, torchvision and Hugging Face's transformers store the same network under
-# different names. The columns are in the order of LAYOUTS: "=" is the name in the first column and
-# "-" does not exist. {s} is the stage from 0 to 3, {d} = 2·s, {e} = 2·s + 1, and {b} is the block.
-# A row that begins with a dot continues the names in BLOCK.
+# different names. Each row has the names of one module, in the order of LAYOUTS. "=" means the name
+# in the first column, "-" that the layout has none. {s} is the stage from 0 to 3, {d} = 2·s, {e} =
+# 2·s + 1, and {b} is the block. The names of a row that begins with a dot follow those in BLOCK.
 LAYOUTS = ("native", "meta", "timm", "torchvision", "huggingface")
 BLOCK = ("stages.{s}.{b}", "stages.{s}.{b}", "stages.{s}.blocks.{b}", "features.{e}.{b}",
          "encoder.stages.{s}.layers.{b}")
@@ -652,7 +654,7 @@ def name_map(layout: str) -> Mapping[str, str]:
             texts = [BLOCK[i] + text for i, text in zip((0, column), texts, strict=True)]
         for s, b, end in product(range(4), range(40), ends):
             native, name = (t.format(s=s, d=2 * s, e=2 * s + 1, b=b) + end for t in texts)
-            names.setdefault(native, name)  # the stem's rows come before that of all stages
+            names.setdefault(native, name)  # for stage 0 the stem's rows, which come first, stand
     return names
 
 def unwrapped(model: nn.Module) -> ConvNeXt:
@@ -751,15 +753,18 @@ def download(source: str) -> tuple[Mapping, dict[str, Any]]:
         if not os.path.exists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             torch.hub.download_url_to_file(source, path)
-        return read_file(path)[0], {}
+        try:
+            return read_file(path)[0], {}
+        except ValueError:  # perhaps a page that says why: do not keep it
+            os.remove(path)
+            raise
     from huggingface_hub import errors, hf_hub_download
 
     try:
-        return read_file(hf_hub_download(name, "model.safetensors"))[0], {}
-    except errors.LocalEntryNotFoundError:  # there is no connection
-        raise
-    except errors.EntryNotFoundError:
-        return read_file(hf_hub_download(name, "pytorch_model.bin"))[0], {}
+        path = hf_hub_download(name, "model.safetensors")
+    except errors.EntryNotFoundError:  # there is none, or none is kept and there is no connection
+        path = hf_hub_download(name, "pytorch_model.bin")
+    return read_file(path)[0], {}
 
 class Weights(NamedTuple):
     """A checkpoint with native names and shapes."""
@@ -845,22 +850,22 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
         return str(tuple(place[name].shape)) if name in place else "missing"
 
     misfits = [name for name in state | tensors if shape(state, name) != shape(tensors, name)]
-    may_stay = {"head.norm.": not any(name.startswith("head.") for name in tensors),
+    # Parts that keep their own weights if those of the source do not fit.
+    optional = {"head.norm.": not any(name.startswith("head.") for name in tensors),
                 "head.fc.": not strict, stem: not strict and f"{stem}weight" in tensors}
-    stays = tuple(part for part, may in may_stay.items() if may and f"{part}weight" in misfits)
-    if wrong := [name for name in misfits if not name.startswith(stays)]:
+    kept = tuple(part for part, may in optional.items() if may and f"{part}weight" in misfits)
+    if wrong := [name for name in misfits if not name.startswith(kept)]:
         details = [f"{name} is {shape(tensors, name)} in the weights, {shape(state, name)} in the "
                    "model" for name in wrong[:3]]
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"these weights do not fit the model: {'; '.join(details)}{more}")
-    report = Report([name for name in state if not name.startswith(stays)],
-                    [name for name in state if name.startswith(stays)],
+    report = Report([name for name in state if not name.startswith(kept)],
+                    [name for name in state if name.startswith(kept)],
                     [name for name in tensors if name not in state])
     model.load_state_dict({name: tensors[name] for name in report.loaded}, strict=False)
-    if report.kept:
-        warnings.warn(f"the model kept its own {', '.join(report.kept)}", stacklevel=2)
-    if report.left_out:
-        warnings.warn(f"the model has no place for {', '.join(report.left_out)}", stacklevel=2)
+    for what, names in (("kept its own", report.kept), ("has no place for", report.left_out)):
+        if names:
+            warnings.warn(f"the model {what} {', '.join(names)}", stacklevel=2)
     return report
 
 def infer_architecture(weights: Weights) -> dict[str, Any]:
@@ -902,8 +907,8 @@ def speed_up(model: nn.Module) -> nn.Module:
     """Make training on a CPU faster, in place, and return the model.
 
     The layers keep their parameters, names and hooks, and compute the same up to rounding. Where a
-    layer was changed by hand (its stride, padding, dilation, forward, ...), and on a GPU, in an
-    export or without gradients, PyTorch's own convolution runs.
+    layer was changed by hand (its stride, padding, forward, ...), and on a GPU, in an export and
+    without gradients, PyTorch's own convolution runs.
     """
     fast = {DepthwiseConv: FastDepthwiseConv, Patchify: FastPatchify}
     for module in model.modules():
@@ -912,18 +917,16 @@ def speed_up(model: nn.Module) -> nn.Module:
     return model
 
 # The number types for which this was measured to be faster, by the CPU's vector instructions.
-FAST_DTYPES: tuple[torch.dtype, ...] = ()
-if torch.backends.mkldnn.is_available():
-    FAST_DTYPES = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}.get(
-        torch.backends.cpu.get_cpu_capability(), ())
+CPU = torch.backends.cpu.get_cpu_capability() if torch.backends.mkldnn.is_available() else ""
+FAST_DTYPES = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}.get(CPU, ())
 
 def can_be_faster(layer: nn.Conv2d, x: Tensor, *settings: Any) -> bool:
-    """Tell whether the layer has these settings, and gradients are recorded on a CPU."""
+    """Return whether the layer has these settings, and gradients are recorded on a CPU."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
         return False
     autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    edited = type(layer).__base__.forward is not nn.Conv2d.forward
+    edited = type(layer).__base__.forward is not nn.Conv2d.forward  # by a user
     return (x.device.type == "cpu" and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0
             and not edited and layer.bias is not None and layer.padding_mode == "zeros"
             and settings == (layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
@@ -934,11 +937,10 @@ class FastPatchify(Patchify):
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.kernel_size[0]
-        if not can_be_faster(self, x, self.out_channels, (p, p), (p, p), (0, 0), (1, 1), 1):
+        if (not can_be_faster(self, x, self.out_channels, (p, p), (p, p), (0, 0), (1, 1), 1)
+                or min(x.shape[2:]) < p):  # too small: the convolution raises an error
             return super().forward(x)
         h, w = x.shape[2:]
-        if min(h, w) < p:
-            return super().forward(x)  # which raises an error
         x = x[:, :, : h - h % p, : w - w % p]
         x = rearrange(x, "b c (h p) (w q) -> b h w (p q c)", p=p, q=p)
         x = F.linear(x, rearrange(self.weight, "dim c p q -> dim (p q c)"), self.bias)
@@ -1012,7 +1014,7 @@ class DepthwiseTangent(DepthwiseGradient):
 
 @torch.no_grad()
 def fold_layer_scale(model: nn.Module) -> nn.Module:
-    """Multiply each LayerScale into the linear layer before it, in place, and return the model.
+    """Multiply each Block's LayerScale into the linear layer before it, in place; return the model.
 
         γ ⊙ (W·x + b) = (γ ⊙ W)·x + γ ⊙ b
 

@@ -364,17 +364,19 @@ def test_road_leads_from_torchvisions_resnet_50_to_convnext_tiny():
 def test_window_attention_is_torchvisions(shift):
     from torchvision.models.swin_transformer import shifted_window_attention
 
-    layer, x = convnext.WindowAttention(32, shift), torch.randn(2, 32, 14, 21)
+    layer = convnext.WindowAttention(32, shift)
     with torch.no_grad():
         bias = rearrange(layer.bias.normal_()[:, layer.index], "heads q k -> 1 heads q k")
-        peer = shifted_window_attention(
-            rearrange(x, "b c h w -> b h w c"), layer.qkv.weight, layer.proj.weight, bias, [7, 7],
-            num_heads=2, shift_size=[3 * shift] * 2, qkv_bias=layer.qkv.bias,
-            proj_bias=layer.proj.bias)
-        torch.testing.assert_close(layer(x), rearrange(peer, "b h w c -> b c h w"))
+        for size in ((7, 14), (14, 21)):  # an axis with one window is not shifted
+            x = torch.randn(2, 32, *size)
+            peer = shifted_window_attention(
+                rearrange(x, "b c h w -> b h w c"), layer.qkv.weight, layer.proj.weight, bias,
+                [7, 7], num_heads=2, shift_size=[3 * shift] * 2, qkv_bias=layer.qkv.bias,
+                proj_bias=layer.proj.bias)
+            torch.testing.assert_close(layer(x), rearrange(peer, "b h w c -> b c h w"))
         # torchvision's attends to the filling of windows that the map does not fill, ours must not:
         # compute one such window, with 4 rows and 2 columns, by itself.
-        x = x[:, :, : 11 + 3 * shift, : 9 - 4 * shift]
+        x = x[:, :, : 11 + 3 * shift, : 9 + 3 * shift]
         rows, columns = x.shape[2] - 4, x.shape[3] - 2
         q, k, v = rearrange(layer.qkv(rearrange(x[:, :, rows:, columns:], "b c h w -> b (h w) c")),
                             "b t (three m d) -> three b m t d", three=3, m=2)
@@ -1206,6 +1208,9 @@ def test_contradictions_and_misfits_are_refused(pretrained):
             (f"--init-from {pretrained} --init fan-in", "--init fan-in .* without --init-from"),
             (f"--init-from {pretrained} --variant femto --dataset synthetic --output x", "fit"),
             ("--recipe finetune", "need weights: --init-f"), ("--freeze-backbone", "need weights"),
+            ("--recipe fast --img-size 96", "begins with 24 pixels; above 64, give --start-s"),
+            ("--muon-lr 0.1", "--muon-lr needs --optimizer muon"),
+            (f"--init-from {pretrained} --recipe finetune --optimizer muon", "give --muon-lr, too"),
             ("--distill-alpha 1", "need a --teacher"), ("--resume no.pt", "no.pt: no such file"),
             ("--init-from hnf.pth --dataset synthetic --output x", "hnf.pth: .*norm_pre.weight"),
             ("--teacher hnf.pth --dataset synthetic --output x", "hnf.pth: .*norm_pre.weight"),
@@ -1297,6 +1302,21 @@ def test_networks_of_the_road_train_and_resume(small, monkeypatch):
     assert outcome("--resume parts/last.pt") == "0"
     whole, parts = (torch.load(f"{name}/last.pt") for name in ("whole", "parts"))
     assert plain(whole) == plain(parts) and "1.running_mean" in whole["model"]
+    path = {name: [] for name in ("1.weight", "1.running_mean")}  # both are averaged alike
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", lambda run, x, y, step=train.train_step: [
+            step(run, x, y), *(path[name].append(run.model.state_dict()[name].clone())
+                               for name in path)])
+        assert outcome(f"{line}ResNet-50 --ema-horizon 0.5 --output average") == "0"
+    average = torch.load("average/last.pt")["ema"]
+    for name, (value, *later) in path.items():
+        for new in later:  # 4 steps: a horizon of 2
+            value = value + (new - value) / 2
+        torch.testing.assert_close(average[f"module.{name}"], value)
+    attention = nn.Sequential(convnext.WindowAttention(16, False))
+    undecayed, = (group["params"] for group in train.parameter_groups(attention, 0.1)
+                  if not group["weight_decay"])
+    assert attention[0].bias in set(undecayed)
     for flags, text in (
             (f"{line}LayerNorm --drop-path 0.1", "--road has no --drop-path"),
             (f"{line}LayerNorm --optimizer muon", "give --optimizer adamw"),
@@ -1416,6 +1436,10 @@ def test_held_out_images_choose_the_best(small, monkeypatch):
         {"top1": next(scores)} if "stopped" in more else {}))
     assert outcome(f"{QUICK} --epochs 3 --val-size 30 --output run") == "0"
     assert torch.load("run/best.pt")["step"] == 4  # 70 images: 2 steps an epoch
+    whole = Path("run/best.pt").read_bytes()
+    Path("run/best.pt").write_bytes(whole[:-9])
+    assert re.match("UserError: .*run/best.pt", outcome("--resume run/last.pt"))
+    Path("run/best.pt").write_bytes(whole)
     data = train.prepare_data(settings("--resume run/last.pt"), torch.device("cpu"))
     learned, held_out, whole = ({image.numpy().tobytes() for image in part.images} for part in (
         data.train, data.val, train.draw_shapes(5000, 32, seed=1)))
@@ -1665,8 +1689,9 @@ def test_fine_tuning_on_other_classes(pretrained, capsys):
              for name, tensor in first.items() if name.endswith("dwconv.weight")]
     assert 0 < moved[0] < moved[-1]
 
-    frozen = f"--init-from {pretrained} --freeze-backbone --optimizer muon"
+    frozen = f"--init-from {pretrained} --freeze-backbone --optimizer muon --drop-path 0.1"
     state, _ = fine_tune("b", frozen)
+    assert settings("--resume b/last.pt --freeze-backbone").drop_path == 0.1
     for name, tensor in state["model"].items():
         changed = name.startswith("head.fc.")
         assert tensor.any() if changed else torch.equal(tensor, first[name]), name

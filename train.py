@@ -9,8 +9,9 @@
     python train.py --eval-only CHECKPOINT            # only measure the accuracy
 
 The default recipe is the paper's for ImageNet (table 5), adapted to a hundred epochs of 32x32
-images; README.md has the differences, and the measurements behind them. Sections 1 to 4 are what
-learns; 5 RandAugment's operations, 6 data, 7 weights, 8 the run and 9 the command line serve them.
+images; README.md has the differences, and the measurements behind them. Sections 1 to 4 are the
+training method. The others serve it: RandAugment's operations (5), data (6), weights (7), the run
+(8) and the command line (9).
 """
 
 import argparse
@@ -173,7 +174,7 @@ def finetune(variant: str, batch_size: int) -> dict[str, Any]:
 
 # --- 2. Augmentation ----------------------------------------------------------------------------
 # Whole batches on the training device, with random numbers for each image (torchvision's transforms
-# draw once per batch). They are drawn on the CPU, so that it need not wait for a GPU.
+# draw once per batch). The CPU draws these numbers, and so need not wait for a GPU.
 
 def crop_and_flip(x: Tensor, padding: int, flip: float) -> Tensor:
     """Shift each image by up to `padding` pixels, reflecting its edge, and mirror some of them.
@@ -224,8 +225,9 @@ def augment(recipe: Recipe, data: "Data", x: Tensor, labels: Tensor, mix: bool,
 # --- 3. Optimisation ----------------------------------------------------------------------------
 def lr_at(step: int, total: int, warmup: int, peak: float, floor: float,
           schedule: str = "cosine") -> float:
-    """The learning rate of step 0 ... total - 1: up in a line, down in half a cosine or a line.
-    It depends on the step alone, so there is no scheduler whose state could be lost."""
+    """The learning rate of step 0 ... total - 1. It rises linearly, then falls as half a cosine to
+    `floor`, or linearly, so that it would be `floor` at step `total`. It depends on the step alone,
+    so there is no scheduler whose state could be lost."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "linear":
@@ -234,9 +236,9 @@ def lr_at(step: int, total: int, warmup: int, peak: float, floor: float,
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 def layer_number(name: str, depths: tuple[int, ...]) -> int:
-    """The layer of a parameter for layer-wise decay of the learning rate; the stem's is 0.
-    Three blocks of the third stage are a layer, each other stage is one with the Downsample before
-    it, and the head is the last, as in the authors' code for 27 blocks and for Tiny's 9."""
+    """The number of a parameter's layer, for layer-wise decay of the learning rate.
+    The stem is layer 0, and the head is the last. A stage and the Downsample before it are one
+    layer, but in the third stage every three blocks are one, as in the authors' code."""
     part, stage, block = (name + "..").split(".")[:3]
     fourth_stage = 3 + math.ceil(depths[2] / 3)
     if part == "head":
@@ -247,14 +249,14 @@ def layer_number(name: str, depths: tuple[int, ...]) -> int:
 
 def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
                      layer_decay: float = 1.0, muon: bool = False) -> list[dict]:
-    """What trains, by optimiser, weight decay and `lr_scale`, the factor on the learning rate.
-    Only matrices and filters decay: norms, biases, LayerScale and GRN have one axis and do not."""
+    """Group the trainable parameters by optimiser, weight decay and `lr_scale`, the factor on the
+    learning rate. Only matrices and filters decay: norms, biases, LayerScale and GRN do not."""
     depths, groups = tuple(map(len, getattr(model, "stages", ()))), {}  # the road has no stages
     for name, p in model.named_parameters():
         if p.requires_grad:
             below_head = layer_number("head", depths) - layer_number(name, depths) if depths else 0
             about = {"muon": muon and ".pwconv" in name and p.ndim == 2,
-                     "weight_decay": weight_decay * (p.ndim >= 2),
+                     "weight_decay": weight_decay * (p.ndim >= 2 and not name.endswith("bias")),
                      "lr_scale": layer_decay**below_head}
             groups.setdefault((*about.values(),), about | {"params": []})["params"].append(p)
     return list(groups.values())
@@ -262,15 +264,16 @@ def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
 def make_optimizers(model: convnext.ConvNeXt, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW or SGD; with --optimizer muon, Muon for the blocks' matrices and AdamW for the rest.
     Muon orthogonalises the step of a matrix, so that all directions are learned equally fast."""
-    r, parts = recipe, {True: [], False: []}
-    for group in parameter_groups(model, r.weight_decay, r.layer_decay, r.optimizer == "muon"):
-        group["lr_scale"] *= r.muon_lr / r.lr if group["muon"] else 1
-        parts[group["muon"]].append(group)
+    r = recipe
+    groups = parameter_groups(model, r.weight_decay, r.layer_decay, r.optimizer == "muon")
+    matrices, others = [g for g in groups if g["muon"]], [g for g in groups if not g["muon"]]
     if r.optimizer == "sgd":
-        return [torch.optim.SGD(parts[False], lr=r.lr, momentum=0.9, fused=True)]
-    optimizers = [torch.optim.AdamW(parts[False], lr=r.lr, betas=(0.9, r.beta2), fused=True)]
-    if parts[True]:
-        optimizers.append(torch.optim.Muon(parts[True], lr=r.muon_lr))
+        return [torch.optim.SGD(others, lr=r.lr, momentum=0.9, fused=True)]
+    optimizers = [torch.optim.AdamW(others, lr=r.lr, betas=(0.9, r.beta2), fused=True)]
+    if matrices:
+        for group in matrices:
+            group["lr_scale"] *= r.muon_lr / r.lr  # both follow one schedule
+        optimizers.append(torch.optim.Muon(matrices, lr=r.muon_lr))
     return optimizers
 
 def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -294,7 +297,7 @@ CHECK_EVERY = 50  # steps; each check makes the CPU wait for the GPU
 
 def train_step(run: "Run", x: Tensor, y: Tensor) -> None:
     """Update the weights once, from images (b, 3, h, w) and targets (b, classes)."""
-    recipe, warmup = run.recipe, round(run.steps * run.recipe.warmup_epochs)
+    recipe, warmup = run.recipe, round(run.epoch_steps * run.recipe.warmup_epochs)
     lr = lr_at(run.step, run.total, warmup, recipe.lr, recipe.min_lr, recipe.schedule)
     for xs, ys in zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate)):
         with torch.autocast(run.device.type, run.precision, run.precision != torch.float32):
@@ -318,12 +321,13 @@ def train_step(run: "Run", x: Tensor, y: Tensor) -> None:
     run.step, run.sums["lr"] = run.step + 1, lr
 
 def train_epoch(run: "Run", progress: tqdm) -> dict[str, Any]:
-    """The rest of an epoch -> its row for metrics.csv; {} if a signal stops it before its end.
+    """Finish the present epoch. Return its row for metrics.csv, or {} if a signal stops it.
     All random numbers follow from the seed and the epoch or step, so a resumed run draws the same.
     (The large factors keep the steps, epochs and images of any two seeds apart.)"""
-    r, data, epoch, done = run.recipe, run.data, *divmod(run.step, run.steps)
-    if len(run.history) < epoch:  # only the evaluation is left to do
-        epoch, done = epoch - 1, run.steps
+    r, data = run.recipe, run.data
+    epoch, done = divmod(run.step, run.epoch_steps)
+    if len(run.history) < epoch:  # it is trained, but not evaluated yet
+        epoch, done = epoch - 1, run.epoch_steps
     if not done:
         run.sums = {"loss": torch.zeros((), device=run.device), "seconds": 0.0, "waiting": 0.0}
     size = r.start_size if r.start_size and epoch < r.epochs * r.start_share else r.img_size
@@ -337,22 +341,23 @@ def train_epoch(run: "Run", progress: tqdm) -> dict[str, Any]:
         run.sums["waiting"] += time.perf_counter() - ended  # on a GPU, for the launches only
         train_step(run, x, y)
         progress.update()
-        if run.step % CHECK_EVERY == 0 or run.step % run.steps == 0:
+        if run.step % CHECK_EVERY == 0 or run.step % run.epoch_steps == 0:
             check_finite(run)  # waits for the GPU, so that the time is right
         run.sums["seconds"] += time.perf_counter() - ended
         ended = time.perf_counter()
-        if run.stopped_by and run.step < (epoch + 1) * run.steps:
+        if run.stopped_by and run.step < (epoch + 1) * run.epoch_steps:
             return {}
-    seconds, images = run.sums["seconds"], run.steps * min(r.batch_size, len(data.train))
-    return {"epoch": epoch + 1, "step": run.step, "train_loss": run.sums["loss"].item() / run.steps,
-            "lr": run.sums["lr"], "seconds": seconds, "images_per_s": images / seconds,
+    seconds, images = run.sums["seconds"], run.epoch_steps * min(r.batch_size, len(data.train))
+    return {"epoch": epoch + 1, "step": run.step,
+            "train_loss": run.sums["loss"].item() / run.epoch_steps, "lr": run.sums["lr"],
+            "seconds": seconds, "images_per_s": images / seconds,
             "data_share": run.sums["waiting"] / seconds}
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, images: "Images", mean: Tensor, std: Tensor, workers: int,
              precision: torch.dtype, tta: bool = False,
              stopped: Callable[[], Any] = lambda: False) -> dict[str, float]:
-    """Mean cross-entropy, and the shares (%) whose class is the likeliest, and among the five.
+    """Return the mean cross-entropy, and the top-1 and top-5 accuracy in %.
     tta: average the logits of each image and its mirror image. Returns {} once it is stopped."""
     model.eval()
     total = torch.zeros(3, device=mean.device)
@@ -406,9 +411,9 @@ RAND_AUGMENT_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def rand_augment(x: Tensor, level: float) -> Tensor:
     """RandAugment (Cubuk et al., 2019) as the paper means it: timm's rand-m9-mstd0.5-inc1.
-    Twice, each image draws one of the fifteen operations and applies it with probability 1/2, at a
-    strength of N(level, 0.5) tenths of its largest. (torchvision's magnitude of 9 means 9 of 30,
-    always applied.) x: (b, 3, h, w) from 0 to 1, changed in place."""
+    Twice, each image draws one of the fifteen operations and applies it with probability 1/2. The
+    strength is drawn from N(level, 0.5) / 10, where 1 is the operation's largest. (torchvision's
+    magnitude of 9 means 9 of 30, always applied.) x: (b, 3, h, w) from 0 to 1, changed in place."""
     for _ in range(2):
         choice = torch.randint(len(RAND_AUGMENT_OPS), (len(x),))
         choice[torch.rand(len(x)) < 0.5] = -1  # no operation
@@ -442,7 +447,7 @@ class Images(Dataset):
     labels: Tensor  # (n,)
     classes: list[str]
     cut: Callable[[Image.Image], Image.Image] | None = None  # makes squares of what is read
-    seed: int = 0  # of random cuts; an image's follows from it and the image's number alone
+    seed: int = 0  # with an image's number, the seed of its random crop
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -467,7 +472,7 @@ class Images(Dataset):
 
 def as_shown(item: str | np.ndarray) -> Image.Image:
     """A picture as a viewer shows it, in RGB: upright, 16 bits scaled to 8, on a white ground."""
-    if isinstance(item, str):  # not by name: Pillow 13 then garbles some grey TIFFs that are turned
+    if isinstance(item, str):  # as bytes: given a name, Pillow 13 garbles some rotated grey TIFFs
         picture = Image.open(io.BytesIO(Path(item).read_bytes()))
     else:
         picture = Image.fromarray(item)
@@ -483,9 +488,9 @@ def as_shown(item: str | np.ndarray) -> Image.Image:
     return picture.convert("RGB")
 
 def find_images(root: Path) -> dict[str, list[str]]:
-    """The sub-folders of a folder, which are the classes -> the paths of all images below each.
-    A note counts what is left out: what is hidden or other programs' (@eaDir), what Pillow does not
-    know by its extension, and links to folders below a class, which may lead to other classes or in
+    """Map each class, a sub-folder of root, to the paths of all images below it.
+    A note counts what is left out: hidden files, other programs' folders (@eaDir), extensions that
+    Pillow does not know, and links to folders below a class, which may lead to other classes or in
     circles. Raises UserError for a folder that cannot be read."""
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename} ({error.strerror})")
@@ -747,10 +752,10 @@ def fan_in_init(model: convnext.ConvNeXt) -> None:
     """Draw all weights but the classifier's with standard deviation 1 / sqrt(fan_in), in place.
     With inputs of variance 1, a linear layer's outputs have the standard deviation of its weights
     times sqrt(fan_in). The paper's 0.02 makes that 0.55 at 768 channels, 0.20 at 96, and 0.13 at
-    40. As two such layers follow each other, a branch with 40 channels begins almost switched off
-    (0.016 of its input) and has to grow before it learns. Here it is 1 at every width. The last
-    layer of a branch is divided by sqrt(2 · blocks), so that the sum of branches stays near 1.
-    Cutting the normal distribution at two standard deviations leaves 0.88 of these values."""
+    40. The two layers of a branch with 40 channels then shrink its input to 0.016, and it has to
+    grow before it learns. Here each layer keeps the scale, at any width. The last layer's weights
+    are divided by sqrt(2 · blocks), so that the sum of all branches stays near 1. Cutting the
+    normal distribution at two standard deviations leaves 0.88 of these values."""
     blocks = sum(map(len, model.stages))
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and name != "head.fc":
@@ -785,8 +790,8 @@ class Run:
         self.precision = pick_precision(recipe.amp, self.device)
         self.data = prepare_data(recipe, self.device, source)
         self.teacher = recipe.teacher and load_teacher(open_weights(recipe.teacher), self)
-        self.steps = max(1, len(self.data.train) // recipe.batch_size)  # per epoch
-        self.total = self.steps * recipe.epochs
+        self.epoch_steps = max(1, len(self.data.train) // recipe.batch_size)
+        self.total = self.epoch_steps * recipe.epochs
         self.step = 0  # the number of the next one
         self.history: list[dict] = []  # a row per epoch, as in metrics.csv
         self.sums: dict[str, Any] = {"loss": torch.zeros(())}  # over the present epoch
@@ -815,7 +820,9 @@ class Run:
         # ema += (weights - ema) / horizon. The horizon is a share of the run: the usual decay of
         # 0.9999 looks back 10,000 steps, which is too far in a run of 20,000.
         average = swa_utils.get_ema_multi_avg_fn(1 - 1 / max(1, recipe.ema_horizon * self.total))
-        self.ema = recipe.ema_horizon and swa_utils.AveragedModel(self.model, multi_avg_fn=average)
+        has_statistics = any(isinstance(m, nn.BatchNorm2d) for m in self.model.modules())
+        self.ema = recipe.ema_horizon and swa_utils.AveragedModel(
+            self.model, multi_avg_fn=average, use_buffers=has_statistics)
         self.optimizers = make_optimizers(self.model, recipe)
         if self.precision == torch.half and len(self.optimizers) > 1:  # one could skip a step alone
             raise UserError("--optimizer muon does not work in float16: give --amp bf16 or off")
@@ -877,12 +884,12 @@ class Run:
 @torch.no_grad()
 def check_finite(run: Run) -> None:
     """Raise UserError once the loss or a weight is infinite or not a number."""
-    loss = run.sums["loss"] / ((run.step - 1) % run.steps + 1)
+    loss = run.sums["loss"] / ((run.step - 1) % run.epoch_steps + 1)
     norm = nn.utils.get_total_norm(run.model.parameters())
     if not (loss + norm).isfinite():
         raise UserError(f"by step {run.step}, at lr {run.sums['lr']:.1e}, the mean loss became "
-                        f"{loss:.3g} and the norm of the weights {norm:.3g}: try a lower --lr, "
-                        f"--clip-grad 1 or --amp off. {run.folder} stays as it was before")
+                        f"{loss:.3g} and the norm of the weights {norm:.3g}: try a lower --lr "
+                        f"(or --muon-lr), --clip-grad 1 or --amp off. {run.folder} stays as it was")
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Replace a file as a whole: a crash or a full disk leaves the old one as it was."""
@@ -903,7 +910,7 @@ def save(run: Run) -> None:
     check_finite(run)
     state, folder, history = run.state(), run.folder, run.history
     scores = [row.get("val_ema_top1" if run.ema else "val_top1", -1.0) for row in history] or [-1.0]
-    if run.step == len(history) * run.steps and scores[-1] > max(scores[:-1], default=-1.0):
+    if run.step == len(history) * run.epoch_steps and scores[-1] > max(scores[:-1], default=-1.0):
         write_file(folder / "best.pt", lambda path: torch.save(state, path))
     if len(history) == run.recipe.epochs:
         tensors = (run.ema.module if run.ema else run.model).state_dict()
@@ -924,12 +931,12 @@ def describe(run: Run) -> None:
     write_file(run.folder / "args.json", lambda path: path.write_text(json.dumps(asdict(r))))
     say(f"model   {r.road or f'ConvNeXt-{r.variant}'}, patch size {r.patch_size}: "
         f"{sum(parameters):,} parameters, {run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n"
-        f"init    {run.origin or ('pytorch' if r.road else r.init)}\n"
+        f"init    {run.origin or r.init_from or ('pytorch' if r.road else r.init)}\n"
         f"data    {r.dataset}: {len(data.train):,} training + {len(data.val or []):,} held-out + "
         f"{len(data.test):,} test images, {len(data.classes)} classes ({some(data.classes)})\n"
         f"device  {run.device}, {str(run.precision)[6:]}, torch {torch.__version__}\n"
-        f"steps   {r.epochs} epochs x {run.steps} of {r.batch_size} images, lr {r.lr:g}, weight "
-        f"decay {r.weight_decay:g}, seed {r.seed}\nrun     {run.folder}")
+        f"steps   {r.epochs} epochs x {run.epoch_steps} of {r.batch_size} images, {r.optimizer}, "
+        f"lr {r.lr:g}, weight decay {r.weight_decay:g}, seed {r.seed}\nrun     {run.folder}")
 
 @contextlib.contextmanager
 def stop_signals(run: Run) -> Iterator[None]:
@@ -986,11 +993,12 @@ def report_source(source: Source, recipe: Recipe) -> None:
 
 # --- 9. Command line ----------------------------------------------------------------------------
 FIELDS = {field.name: field for field in fields(Recipe)}
+KINDS = {name: (*get_args(field.type), field.type)[0] for name, field in FIELDS.items()}
+# Settings that may change on --resume, that --eval-only can take, and that --road has no use for.
 ANY_TIME = {"resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta"}
 EVALUATION = {"eval_only", "dataset", "data_dir", "img_size", "crop_pct", "skip_bad", "workers",
               "device", "amp", "tta"}
 NO_ROAD = {"variant", "drop_path", "init", "head_init_scale", "init_from", "layer_decay"}
-KINDS = {name: (*get_args(field.type), field.type)[0] for name, field in FIELDS.items()}
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
@@ -1049,9 +1057,10 @@ def parse(argv: list[str]) -> dict[str, Any]:
 
 def refuse_contradictions(given: dict[str, Any], notes: Mapping[str, Any]) -> None:
     """Raise UserError for flags that cannot stand together."""
-    saved, names, new = notes.get("args", {}), given.keys(), given.get("recipe") == "fast"
+    saved, names, fast = notes.get("args", {}), given.keys(), given.get("recipe") == "fast"
+    optimizer = given.get("optimizer", "muon" if fast else "adamw")
     changed = some([flag(k) for k in given if k not in ANY_TIME and saved.get(k) != given[k]])
-    idle = some([flag(k) for k in given if k not in EVALUATION])
+    unused = some([flag(k) for k in given if k not in EVALUATION])
     tuned = given.get("recipe") == "finetune" or given.get("freeze_backbone")
     for wrong, text in (
             (len(names & {"resume", "eval_only", "init_from"}) > 1,
@@ -1059,15 +1068,21 @@ def refuse_contradictions(given: dict[str, Any], notes: Mapping[str, Any]) -> No
             ("resume" in names and "step" not in notes, "--resume takes last.pt, of this version"),
             ("resume" in names and changed,
              f"--resume cannot change {changed}; a different run begins with --init-from"),
-            ("eval_only" in names and idle, f"--eval-only trains nothing: leave out {idle}"),
-            ("init_from" in names and (new or given.get("init") == "fan-in"),
+            ("eval_only" in names and unused, f"--eval-only trains nothing: leave out {unused}"),
+            ("init_from" in names and (fast or given.get("init") == "fan-in"),
              "--recipe fast and --init fan-in begin with new weights, without --init-from"),
             (not names & {"init_from", "resume"} and tuned,
              "--recipe finetune and --freeze-backbone need weights: --init-from SOURCE"),
             ("road" in names and names & NO_ROAD,
              f"--road has no {some([flag(k) for k in given if k in NO_ROAD])}"),
-            ("road" in names and given.get("optimizer", "muon" if new else "") == "muon",
+            ("road" in names and optimizer == "muon",
              "--road has no matrices for Muon: give --optimizer adamw"),
+            ("resume" not in names and "muon_lr" in names and optimizer != "muon",
+             "--muon-lr needs --optimizer muon"),
+            (given.get("recipe") == "finetune" and optimizer == "muon" and "muon_lr" not in names,
+             "--recipe finetune has no learning rate for Muon: give --muon-lr, too"),
+            (fast and given.get("img_size", 32) > SMALL and "start_size" not in names,
+             f"--recipe fast begins with 24 pixels; above {SMALL}, give --start-size, 0 for never"),
             (not names & {"road", "resume"} and "width" in names, "--width needs a --road"),
             (not names & {"teacher", "resume"} and names & {"distill_alpha", "distill_temperature"},
              "--distill-alpha and --distill-temperature need a --teacher")):
@@ -1075,8 +1090,8 @@ def refuse_contradictions(given: dict[str, Any], notes: Mapping[str, Any]) -> No
             raise UserError(text)
 
 def combine(given: dict[str, Any], source: Source | None = None) -> Recipe:
-    """All settings. Later ones win: defaults, the weights', the named recipe's, those typed.
-    With --resume and --eval-only, the checkpoint's own stand where the named recipe does."""
+    """Merge all settings. Later ones win: defaults, the weights', the named recipe's, those typed.
+    With --resume and --eval-only, the checkpoint's settings replace the named recipe's."""
     refuse_contradictions(given, source.notes if source else {})
     weights, named, name = {}, {}, given.get("recipe")
     if source:
@@ -1093,11 +1108,12 @@ def combine(given: dict[str, Any], source: Source | None = None) -> Recipe:
         known = {"variant": Recipe.variant, "batch_size": Recipe.batch_size} | weights | given
         named = {"fast": FAST, "finetune": finetune(known["variant"], known["batch_size"])}.get(
             name, {})
-        say(f"{name}: " + ", ".join(f"{flag(k)} {v}" for k, v in named.items() if k not in given))
-    if given.get("road"):
+    if given.get("road") and "resume" not in given:
         named = {k: v for k, v in named.items() if k not in NO_ROAD} | {"drop_path": 0.0}
-    if given.get("freeze_backbone"):
+    if given.get("freeze_backbone") and "resume" not in given:
         named = named | {"drop_path": 0.0}  # what does not learn needs no noise
+    if name and name != "scratch" and not given.keys() & {"resume", "eval_only"}:
+        say(f"{name}: " + ", ".join(f"{flag(k)} {v}" for k, v in named.items() if k not in given))
     return Recipe(**weights | named | given)
 
 def main(argv: list[str]) -> int:
@@ -1109,7 +1125,8 @@ def main(argv: list[str]) -> int:
     if "eval_only" in given:
         report_source(source, recipe)
         return 0
-    recipe.output = recipe.output or time.strftime(f"runs/%Y%m%d-%H%M%S-{recipe.variant}")
+    recipe.output = recipe.output or time.strftime(
+        f"runs/%Y%m%d-%H%M%S-{(recipe.road or recipe.variant).replace(' ', '-')}")
     folder, last = Path(recipe.output), Path(recipe.output) / "last.pt"
     if last.exists() and not ("resume" in given and last.samefile(origin)):
         raise UserError(f"{folder} holds a run: give --resume {last}, or another --output")
@@ -1135,7 +1152,8 @@ def main(argv: list[str]) -> int:
         say(f"stopped; to go on: python train.py --resume {last}", sys.stderr)
         return 128 + run.stopped_by
     for path in (last, folder / "best.pt") if run.data.val else (last,):
-        run.load_state(convnext.read_file(path)[0])
+        with naming(str(path)):
+            run.load_state(convnext.read_file(path)[0])
         report(str(path), run.ema.module if run.ema else run.model, recipe, run.data.test,
                run.data.mean, run.data.std)
     return 0
