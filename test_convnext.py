@@ -1136,7 +1136,7 @@ def test_statistics_are_numpys_and_evaluation_is_timms(mirrored):
 @pytest.fixture
 def pretrained(small):
     """The weights of a short run with patches of 4, eight classes and statistics of its own."""
-    assert outcome(f"{QUICK} --epochs 1 --lr 0.002 --output first") == "0"
+    assert outcome(f"{QUICK} --epochs 1 --lr 0.002 --layer-scale 0.1 --output first") == "0"
     return "first/weights.safetensors"
 
 
@@ -1149,8 +1149,8 @@ def test_settings_in_order_of_precedence(pretrained, monkeypatch):
     table = {"lr": 1.25e-5, "min_lr": 2.5e-7, "weight_decay": 1e-8, "layer_decay": 0.8,
              "epochs": 30, "head_init_scale": 0.001, "mixup": 0, "warmup_epochs": 0, "drop_path": 0}
     for line, expected in (
-            ("", {"variant": "tiny", "epochs": 100, "layer_scale": 0.1, "warmup_epochs": 5}),
-            ("--variant v2_atto --epochs 40", {"layer_scale": 0, "warmup_epochs": 2}),
+            ("", {"variant": "tiny", "epochs": 100, "init": "fan-in", "warmup_epochs": 5}),
+            ("--epochs 40 --init paper", {"init": "paper", "warmup_epochs": 2}),
             ("--recipe fast", train.FAST), ("--recipe scratch", {"variant": "tiny", "lr": 1e-3}),
             ("--recipe fast --epochs 100 --layer-scale 0.1 --mix-prob 1 --no-tta --variant tiny",
              {"epochs": 100, "layer_scale": 0.1, "mix_prob": 1, "tta": False, "variant": "tiny"}),

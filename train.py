@@ -103,14 +103,14 @@ class Recipe:
         "last one with attention", (*(step.name for step in convnext.ROADMAP), "window attention"))
     width: int = setting(0, "with --road: channels in its first stage; 0: the paper's 64 or 96",
                          "[0, inf)")
-    # The paper has 4 and 1e-6. At 32x32 both of these learn faster; README.md has the tables.
+    # The paper has patches of 4x4, LayerScale 1e-6 and its own initialisation. At 32x32 these learn
+    # faster; README.md has the tables.
     patch_size: int = setting(2, "side of the stem's patches", (1, 2, 4))
-    layer_scale: float | None = setting(None, "initial value of LayerScale, 0: none. Default: "
-                                       "0.1; none in V2", "[0, inf)")
+    layer_scale: float = setting(0.0, "initial value of LayerScale; 0: none", "[0, inf)")
     drop_path: float = setting(0.1, "stochastic depth: probability to drop the last block",
                                "[0, 1)")
-    init: str = setting("paper", "initial weights; fan-in is for narrow networks",
-                        ("paper", "fan-in"))
+    init: str = setting("fan-in", "initial weights: of standard deviation 1 / sqrt(fan-in), or "
+                        "0.02 like in the paper", ("paper", "fan-in"))
     head_init_scale: float = setting(1.0, "factor on the classifier's initial weights", "[0, inf)")
     init_from: str | None = setting(None, "begin with these weights, in any layout: a file, an "
                                     "https address, timm:NAME or hf:REPO", group="other networks")
@@ -154,11 +154,10 @@ class Recipe:
 
 # For a small network on two CPU cores; README.md shows what each of these gains.
 FAST = {
-    "variant": "atto", "patch_size": 1, "layer_scale": 0.0, "drop_path": 0.0, "init": "fan-in",
-    "optimizer": "muon", "lr": 3e-3, "muon_lr": 0.02, "beta2": 0.95, "min_lr": 0.0,
-    "weight_decay": 0.02, "schedule": "linear", "batch_size": 256, "epochs": 40,
-    "label_smoothing": 0.1, "crop_padding": 4, "rand_augment": 5.0, "random_erase": 0.25,
-    "mix_prob": 0.0, "ema_horizon": 0.0, "start_size": 24, "start_share": 0.5, "tta": True}
+    "variant": "atto", "patch_size": 1, "drop_path": 0.0, "optimizer": "muon", "lr": 3e-3,
+    "muon_lr": 0.02, "beta2": 0.95, "min_lr": 0.0, "weight_decay": 0.02, "schedule": "linear",
+    "batch_size": 256, "epochs": 40, "rand_augment": 5.0, "mix_prob": 0.0, "ema_horizon": 0.0,
+    "start_size": 24, "tta": True}
 
 def finetune(variant: str, batch_size: int) -> dict[str, Any]:
     """From ImageNet-22K to ImageNet-1K (the paper's table 6); V2 gets the values of V1."""
@@ -808,7 +807,7 @@ class Run:
                 recipe.variant, drop_path=recipe.drop_path,
                 head_init_scale=recipe.head_init_scale, **network)
         self.model.to(memory_format=torch.channels_last)
-        if recipe.init == "fan-in":
+        if recipe.init == "fan-in" and not recipe.road:
             fan_in_init(self.model)
         self.origin = self.load_initial(source) if source and not resume else ""
         if recipe.freeze_backbone:
@@ -1006,8 +1005,7 @@ def flag(name: str) -> str:
 def complete(r: Recipe) -> None:
     """Fill in the defaults that follow from others, and check each value, wherever it comes from.
     Raises UserError for a value that is not allowed."""
-    for name, value in (("layer_scale", 0.0 if convnext.VARIANTS[r.variant].grn else 0.1),
-                        ("warmup_epochs", r.epochs / 20), ("mix_off_epochs", r.epochs // 10)):
+    for name, value in (("warmup_epochs", r.epochs / 20), ("mix_off_epochs", r.epochs // 10)):
         setattr(r, name, value if getattr(r, name) is None else getattr(r, name))
     for name, about in FIELDS.items():
         value, allowed = getattr(r, name), about.metadata["allowed"]
