@@ -953,7 +953,7 @@ def stop_signals(run: Run) -> Iterator[None]:
 
 def train(run: Run) -> None:
     """Train from where the run stands to its end or to a signal, and save after each epoch."""
-    epochs, begun, started = run.recipe.epochs, run.step, time.perf_counter()
+    epochs, begun = run.recipe.epochs, run.step
     with stop_signals(run), tqdm(
             total=run.total, initial=run.step, unit="step", disable=None) as progress:
         while len(run.history) < epochs and not run.stopped_by:
@@ -962,10 +962,10 @@ def train(run: Run) -> None:
                 row |= run.measure()
             if not run.stopped_by:  # else --resume repeats the evaluation
                 run.history.append(row)
-                a_step = (time.perf_counter() - started) / max(1, run.step - begun)
+                left = (epochs - row["epoch"]) * row["seconds"]  # at this epoch's image size
                 say("  ".join(f"{name} {value:.4g}" for name, value in row.items()
                               if name not in ("step", "seconds") and "top5" not in name)
-                    + f"  {a_step * (run.total - run.step):.0f} s left")
+                    + f"  {left:.0f} s left")
             save(run)
         if run.step == begun:  # a complete run; one of its files may be missing
             save(run)
@@ -1025,8 +1025,8 @@ def complete(r: Recipe) -> None:
             ("min_lr", r.min_lr <= r.lr, f"up to --lr, {r.lr}"),
             ("accumulate", r.accumulate <= r.batch_size, f"up to --batch-size, {r.batch_size}"),
             ("img_size", r.img_size >= stride, f"{stride} or more at --patch-size {r.patch_size}"),
-            ("start_size", not r.start_size or stride <= r.start_size <= r.img_size,
-             f"0, or from {stride} to --img-size, {r.img_size}"),
+            ("start_size", r.start_size <= r.img_size and r.start_size % stride == 0,
+             f"a multiple of {stride}, the network's stride, up to --img-size, {r.img_size}"),
             ("crop_padding", r.crop_padding < r.img_size, f"below --img-size, {r.img_size}")):
         if not fine:
             raise UserError(f"{flag(name)} must be {allowed}, not {getattr(r, name)}")
@@ -1079,8 +1079,6 @@ def refuse_contradictions(given: dict[str, Any], notes: Mapping[str, Any]) -> No
              "--muon-lr needs --optimizer muon"),
             (given.get("recipe") == "finetune" and optimizer == "muon" and "muon_lr" not in names,
              "--recipe finetune has no learning rate for Muon: give --muon-lr, too"),
-            (fast and given.get("img_size", 32) > SMALL and "start_size" not in names,
-             f"--recipe fast begins with 24 pixels; above {SMALL}, give --start-size, 0 for never"),
             (not names & {"road", "resume"} and "width" in names, "--width needs a --road"),
             (not names & {"teacher", "resume"} and names & {"distill_alpha", "distill_temperature"},
              "--distill-alpha and --distill-temperature need a --teacher")):
@@ -1102,10 +1100,12 @@ def combine(given: dict[str, Any], source: Source | None = None) -> Recipe:
         named = saved | {"output": str(Path(given["resume"]).parent)}
     elif "eval_only" in given:
         named = {k: v for k, v in saved.items() if k in ("dataset", "data_dir", "skip_bad", "amp")}
-    elif name:
+    elif name == "fast":  # its 24 pixels are for 32, and for a network with a stride of 8
+        fits = (given.get("patch_size", 1), given.get("img_size", 32)) == (1, 32)
+        named = FAST if fits else FAST | {"start_size": 0}
+    elif name == "finetune":
         known = {"variant": Recipe.variant, "batch_size": Recipe.batch_size} | weights | given
-        named = {"fast": FAST, "finetune": finetune(known["variant"], known["batch_size"])}.get(
-            name, {})
+        named = finetune(known["variant"], known["batch_size"])
     if given.get("road") and "resume" not in given:
         named = {k: v for k, v in named.items() if k not in NO_ROAD} | {"drop_path": 0.0}
     if given.get("freeze_backbone") and "resume" not in given:
