@@ -1411,7 +1411,8 @@ def test_a_run_leaves_what_is_promised(small, capsys):
         assert outcome(line) == "UserError: another run is writing to run"
     assert outcome(f"{line} --tta") == "0"
     text, rows = capsys.readouterr().out, read_csv("run/metrics.csv")
-    size = sum(p.numel() for p in meta("atto", num_classes=8, patch_size=4).parameters())
+    network = {"num_classes": 8, "patch_size": 4, "layer_scale": 0}
+    size = sum(p.numel() for p in meta("atto", **network).parameters())
     assert f"patch size 4: {size:,} parameters, " in text and len(text.split("\nepoch ")) == 3
     assert {*os.listdir("run")} - {".lock"} == {"args.json", "last.pt", "metrics.csv",
                                                 "weights.safetensors"}
@@ -1419,7 +1420,7 @@ def test_a_run_leaves_what_is_promised(small, capsys):
     top1 = f"top-1 {float(rows[-1]['test_ema_top1']):.2f} %"
     assert top1 in text and "run/last.pt with mirror images: test loss" in text
 
-    model = create_convnext("atto", num_classes=8, patch_size=4)
+    model = create_convnext("atto", **network)
     load_weights(model, "run/weights.safetensors")
     saved, test = torch.load("run/last.pt"), train.draw_shapes(1000, 32, seed=0)
     x = T.Normalize(saved["mean"], saved["std"])(test.images / 255)
