@@ -819,6 +819,7 @@ class Run:
         # ema += (weights - ema) / horizon. The horizon is a share of the run: the usual decay of
         # 0.9999 looks back 10,000 steps, which is too far in a run of 20,000.
         average = swa_utils.get_ema_multi_avg_fn(1 - 1 / max(1, recipe.ema_horizon * self.total))
+        # BatchNorm's statistics belong to the averaged weights; other buffers are constants.
         has_statistics = any(isinstance(m, nn.BatchNorm2d) for m in self.model.modules())
         self.ema = recipe.ema_horizon and swa_utils.AveragedModel(
             self.model, multi_avg_fn=average, use_buffers=has_statistics)
@@ -1100,18 +1101,20 @@ def combine(given: dict[str, Any], source: Source | None = None) -> Recipe:
         named = saved | {"output": str(Path(given["resume"]).parent)}
     elif "eval_only" in given:
         named = {k: v for k, v in saved.items() if k in ("dataset", "data_dir", "skip_bad", "amp")}
-    elif name == "fast":  # its 24 pixels are for 32, and for a network with a stride of 8
-        fits = (given.get("patch_size", 1), given.get("img_size", 32)) == (1, 32)
-        named = FAST if fits else FAST | {"start_size": 0}
-    elif name == "finetune":
-        known = {"variant": Recipe.variant, "batch_size": Recipe.batch_size} | weights | given
-        named = finetune(known["variant"], known["batch_size"])
-    if given.get("road") and "resume" not in given:
-        named = {k: v for k, v in named.items() if k not in NO_ROAD} | {"drop_path": 0.0}
-    if given.get("freeze_backbone") and "resume" not in given:
-        named = named | {"drop_path": 0.0}  # what does not learn needs no noise
-    if name and name != "scratch" and not given.keys() & {"resume", "eval_only"}:
-        say(f"{name}: " + ", ".join(f"{flag(k)} {v}" for k, v in named.items() if k not in given))
+    else:
+        if name == "fast":  # its 24 pixels are for 32, and for a network with a stride of 8
+            fits = (given.get("patch_size", 1), given.get("img_size", 32)) == (1, 32)
+            named = FAST if fits else FAST | {"start_size": 0}
+        elif name == "finetune":
+            known = {"variant": Recipe.variant, "batch_size": Recipe.batch_size} | weights | given
+            named = finetune(known["variant"], known["batch_size"])
+        if given.get("road"):
+            named = {k: v for k, v in named.items() if k not in NO_ROAD} | {"drop_path": 0.0}
+        if given.get("freeze_backbone"):
+            named = named | {"drop_path": 0.0}  # what does not learn needs no noise
+        if name in ("fast", "finetune"):
+            say(f"{name}: " + ", ".join(
+                f"{flag(k)} {v}" for k, v in named.items() if k not in given))
     return Recipe(**weights | named | given)
 
 def main(argv: list[str]) -> int:
