@@ -98,6 +98,10 @@ class Recipe:
     start_share: float = setting(0.5, "share of the epochs at --start-size", "[0, 1]")
     variant: str = setting(
         "tiny", "size of the network", tuple(convnext.VARIANTS), short="--model", group="network")
+    depths: list[int] | None = setting(
+        None, "instead of a variant: blocks in each stage, such as 2 4 2", "[1, inf)")
+    dims: list[int] | None = setting(
+        None, "with --depths: channels in each stage, such as 96 192 384", "[1, inf)")
     road: str | None = setting(
         None, "instead of a variant, the network after a step from ResNet-50 to ConvNeXt, or the "
         "last one with attention", (*(step.name for step in convnext.ROADMAP), "window attention"))
@@ -246,6 +250,11 @@ def layer_number(name: str, depths: tuple[int, ...]) -> int:
         return 3 + int(block) // 3
     return (1 if part == "stages" else 0, 2, 3, fourth_stage)[int(stage)]
 
+def takes_muon(name: str, p: Tensor) -> bool:
+    """Whether Muon trains this parameter: the matrices and dense filters of the blocks."""
+    in_block = ".pwconv" in name or ".branch." in name or ".shortcut." in name
+    return in_block and name.endswith("weight") and p.ndim >= 2 and p.shape[1] > 1
+
 def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
                      layer_decay: float = 1.0, muon: bool = False) -> list[dict]:
     """Group the trainable parameters by optimiser, weight decay and `lr_scale`, the factor on the
@@ -254,11 +263,35 @@ def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
     for name, p in model.named_parameters():
         if p.requires_grad:
             below_head = layer_number("head", depths) - layer_number(name, depths) if depths else 0
-            about = {"muon": muon and ".pwconv" in name and p.ndim == 2,
+            about = {"muon": muon and takes_muon(name, p),
                      "weight_decay": weight_decay * (p.ndim >= 2 and not name.endswith("bias")),
                      "lr_scale": layer_decay**below_head}
             groups.setdefault((*about.values(),), about | {"params": []})["params"].append(p)
     return list(groups.values())
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon, which takes matrices alone, for filters as well: (o, i, h, w) is a matrix of
+    o rows, as Muon's author has it. The matrices share the memory of the filters."""
+    def __init__(self, groups: list[dict], lr: float) -> None:
+        self.pairs = []
+        for group in groups:
+            matrices = [nn.Parameter(as_matrix(p.detach())) for p in group["params"]]
+            self.pairs += zip(group["params"], matrices, strict=True)
+            group["params"] = matrices
+        super().__init__(groups, lr=lr)
+
+    def step(self) -> None:
+        for parameter, matrix in self.pairs:
+            matrix.grad = as_matrix(parameter.grad)
+        super().step()
+
+    def zero_grad(self) -> None:
+        for parameter, matrix in self.pairs:
+            parameter.grad = matrix.grad = None
+
+def as_matrix(x: Tensor) -> Tensor:
+    """(o, i, h, w) -> (o, h · w · i), which is the order in memory; a matrix stays as it is."""
+    return x if x.ndim == 2 else rearrange(x, "o i h w -> o (h w i)")
 
 def make_optimizers(model: convnext.ConvNeXt, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW or SGD; with --optimizer muon, Muon for the blocks' matrices and AdamW for the rest.
@@ -272,7 +305,7 @@ def make_optimizers(model: convnext.ConvNeXt, recipe: Recipe) -> list[torch.opti
     if matrices:
         for group in matrices:
             group["lr_scale"] *= r.muon_lr / r.lr  # both follow one schedule
-        optimizers.append(torch.optim.Muon(matrices, lr=r.muon_lr))
+        optimizers.append(Muon(matrices, lr=r.muon_lr))
     return optimizers
 
 def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -803,8 +836,12 @@ class Run:
                 self.model: nn.Module = convnext.roadmap_network(
                     convnext.named_design(recipe.road, recipe.width), **network)
         else:
-            self.model = convnext.create_convnext(
-                recipe.variant, drop_path=recipe.drop_path,
+            create = convnext.create_convnext
+            shape: tuple = (recipe.variant,)
+            if recipe.depths:
+                create, shape = convnext.ConvNeXt, (recipe.depths, recipe.dims)
+            self.model = create(
+                *shape, drop_path=recipe.drop_path,
                 head_init_scale=recipe.head_init_scale, **network)
         self.model.to(memory_format=torch.channels_last)
         if recipe.init == "fan-in" and not recipe.road:
@@ -994,6 +1031,7 @@ def report_source(source: Source, recipe: Recipe) -> None:
 # --- 9. Command line ----------------------------------------------------------------------------
 FIELDS = {field.name: field for field in fields(Recipe)}
 KINDS = {name: (*get_args(field.type), field.type)[0] for name, field in FIELDS.items()}
+LISTS = {"depths", "dims"}  # of whole numbers
 # Settings that may change on --resume, that --eval-only can take, and that --road has no use for.
 ANY_TIME = {"resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta"}
 EVALUATION = {"eval_only", "dataset", "data_dir", "img_size", "crop_pct", "skip_bad", "workers",
@@ -1010,6 +1048,8 @@ def complete(r: Recipe) -> None:
         setattr(r, name, value if getattr(r, name) is None else getattr(r, name))
     for name, about in FIELDS.items():
         value, allowed = getattr(r, name), about.metadata["allowed"]
+        if name in LISTS:
+            continue
         fine = isinstance(value, KINDS[name]) or value is about.default is None
         if fine and isinstance(allowed, tuple):
             fine = value is None or value in allowed
@@ -1020,7 +1060,8 @@ def complete(r: Recipe) -> None:
         if not fine:
             what = {int: "a whole number in ", float: "a number in "}.get(KINDS[name], "one of ")
             raise UserError(f"{flag(name)} must be {what}{allowed}, not {value!r}")
-    stride = 8 * r.patch_size  # of the whole network
+    stages = len(r.dims) if r.dims else 4
+    stride = 2 ** (stages - 1) * r.patch_size  # of the whole network
     for name, fine, allowed in (
             ("warmup_epochs", r.warmup_epochs < r.epochs, f"below --epochs, {r.epochs}"),
             ("min_lr", r.min_lr <= r.lr, f"up to --lr, {r.lr}"),
@@ -1045,6 +1086,8 @@ def parse(argv: list[str]) -> dict[str, Any]:
             "type": KINDS[name], "choices": allowed if isinstance(allowed, tuple) else None}
         if about.default not in (None, False):
             help_ += f"; default {about.default}"
+        if name in LISTS:
+            how = {"type": int, "nargs": "+"}
         short = [about.metadata["short"]] if "short" in about.metadata else []
         group.add_argument(flag(name), *short, help=help_, **how)
     # The authors write --drop_path.
@@ -1074,8 +1117,6 @@ def refuse_contradictions(given: dict[str, Any], notes: Mapping[str, Any]) -> No
              "--recipe finetune and --freeze-backbone need weights: --init-from SOURCE"),
             ("road" in names and names & NO_ROAD,
              f"--road has no {some([flag(k) for k in given if k in NO_ROAD])}"),
-            ("road" in names and optimizer == "muon",
-             "--road has no matrices for Muon: give --optimizer adamw"),
             ("resume" not in names and "muon_lr" in names and optimizer != "muon",
              "--muon-lr needs --optimizer muon"),
             (given.get("recipe") == "finetune" and optimizer == "muon" and "muon_lr" not in names,
@@ -1103,7 +1144,7 @@ def combine(given: dict[str, Any], source: Source | None = None) -> Recipe:
         named = {k: v for k, v in saved.items() if k in ("dataset", "data_dir", "skip_bad", "amp")}
     else:
         if name == "fast":  # its 24 pixels are for 32, and for a network with a stride of 8
-            fits = (given.get("patch_size", 1), given.get("img_size", 32)) == (1, 32)
+            fits = given.get("img_size", 32) == 32
             named = FAST if fits else FAST | {"start_size": 0}
         elif name == "finetune":
             known = {"variant": Recipe.variant, "batch_size": Recipe.batch_size} | weights | given
