@@ -269,31 +269,44 @@ def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
             groups.setdefault((*about.values(),), about | {"params": []})["params"].append(p)
     return list(groups.values())
 
-class Muon(torch.optim.Muon):
-    """PyTorch's Muon, which takes matrices alone, for filters as well: (o, i, h, w) is a matrix of
-    o rows, as Muon's author has it. The matrices share the memory of the filters."""
-    def __init__(self, groups: list[dict], lr: float) -> None:
-        self.pairs = []
-        for group in groups:
-            matrices = [nn.Parameter(as_matrix(p.detach())) for p in group["params"]]
-            self.pairs += zip(group["params"], matrices, strict=True)
-            group["params"] = matrices
-        super().__init__(groups, lr=lr)
+def orthogonalize(x: Tensor, precision: torch.dtype, steps: int = 5) -> Tensor:
+    """The matrix U·Vᵀ of x = U·S·Vᵀ, roughly: singular values between 0.7 and 1.2 instead of 1.
+    Newton and Schulz's iteration, with Muon's polynomial of degree 5 in place of their cubic."""
+    wide = x if len(x) <= x.shape[1] else x.T
+    wide = wide.to(precision)
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (-4.775 * gram + 2.0315 * gram @ gram) @ wide
+    return wide if len(x) <= x.shape[1] else wide.T
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is made orthogonal, for matrices (https://kellerjordan.github.io/posts/muon).
+    All directions are learned equally fast, also those in which the gradient is small. A filter
+    (o, i, h, w) is a matrix of o rows. It computes what torch.optim.Muon does, which takes no
+    filters, and which multiplies in bfloat16 also where the hardware is slow at it."""
+    def __init__(self, groups: list[dict], lr: float, precision: torch.dtype) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": 0.95, "weight_decay": 0.0})
+        self.precision = precision  # of the matrix products
+
+    @torch.no_grad()
     def step(self) -> None:
-        for parameter, matrix in self.pairs:
-            matrix.grad = as_matrix(parameter.grad)
-        super().step()
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                gradient = p.grad.flatten(1)
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
+                average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+                update = orthogonalize(gradient.lerp(average, momentum), self.precision)
+                rows, columns = update.shape
+                scale = max(1, rows / columns) ** 0.5
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(update.reshape(p.shape), alpha=-lr * scale)
 
-    def zero_grad(self) -> None:
-        for parameter, matrix in self.pairs:
-            parameter.grad = matrix.grad = None
-
-def as_matrix(x: Tensor) -> Tensor:
-    """(o, i, h, w) -> (o, h · w · i), which is the order in memory; a matrix stays as it is."""
-    return x if x.ndim == 2 else rearrange(x, "o i h w -> o (h w i)")
-
-def make_optimizers(model: convnext.ConvNeXt, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, recipe: Recipe,
+                    precision: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
     """AdamW or SGD; with --optimizer muon, Muon for the blocks' matrices and AdamW for the rest.
     Muon orthogonalises the step of a matrix, so that all directions are learned equally fast."""
     r = recipe
@@ -305,7 +318,7 @@ def make_optimizers(model: convnext.ConvNeXt, recipe: Recipe) -> list[torch.opti
     if matrices:
         for group in matrices:
             group["lr_scale"] *= r.muon_lr / r.lr  # both follow one schedule
-        optimizers.append(Muon(matrices, lr=r.muon_lr))
+        optimizers.append(Muon(matrices, r.muon_lr, precision))
     return optimizers
 
 def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -860,7 +873,7 @@ class Run:
         has_statistics = any(isinstance(m, nn.BatchNorm2d) for m in self.model.modules())
         self.ema = recipe.ema_horizon and swa_utils.AveragedModel(
             self.model, multi_avg_fn=average, use_buffers=has_statistics)
-        self.optimizers = make_optimizers(self.model, recipe)
+        self.optimizers = make_optimizers(self.model, recipe, self.precision)
         if self.precision == torch.half and len(self.optimizers) > 1:  # one could skip a step alone
             raise UserError("--optimizer muon does not work in float16: give --amp bf16 or off")
         # float16 alone has too small a range for gradients: they are scaled up, and back down.
