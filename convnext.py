@@ -8,41 +8,51 @@
     model = create_convnext("tiny", num_classes=10, patch_size=2)  # for images of 32x32 pixels
     model = from_checkpoint("timm:convnext_tiny.fb_in1k")          # pretrained; evaluation mode
 
+    load_weights(model, "weights.pth")    # copy the weights of a file or a download into a model
+    export_state_dict(model, "timm")      # give them to timm, torchvision, transformers or Meta
+    model.forward_pyramid(images)         # the map of every stage, for detection and segmentation
+    roadmap_network(DESIGNS["GELU"])      # any network between ResNet-50 and ConvNeXt
+    speed_up(model)                       # train faster on a CPU
+
+It needs torch, einops and safetensors; "timm:" and "hf:" also need timm and huggingface_hub.
+
 "A ConvNet for the 2020s" (Liu et al., 2022, https://arxiv.org/abs/2201.03545) starts from a
 ResNet-50 and changes one thing after another until a purely convolutional network matches a Swin
 Transformer. An image passes through the result, ConvNeXt-Tiny, like this:
 
     image                            3 x 224 x 224
-    stem                            96 x  56 x  56    cut into 4x4 patches, embed each
+    stem                            96 x  56 x  56    embed each patch of 4x4 pixels
     stage 1: 3 blocks               96 x  56 x  56
     stage 2: downsample, 3 blocks  192 x  28 x  28
     stage 3: downsample, 9 blocks  384 x  14 x  14
     stage 4: downsample, 3 blocks  768 x   7 x   7
-    head                           768 -> 1000        average over positions, normalise, classify
+    head                          1000                average over positions, normalise, classify
 
 and each block computes x + branch(x), where the branch first mixes positions, then channels.
 
-Part 1 builds the network from its smallest layers up, part 2 every network on the road from
-ResNet-50 to here (`python convnext.py --road` lists them; without --road, it lists the variants).
-Part 3 reads and writes the checkpoints of other libraries, and part 4 makes a CPU faster; a reader
-who wants to understand ConvNeXt can stop before part 3.
+Part 1 builds the network from its smallest layers up. Part 2 builds every network on the road from
+ResNet-50 to here and counts costs: `python convnext.py` lists the variants of ConvNeXt, and
+`python convnext.py --road` lists the steps of the road. Part 3 reads and writes the checkpoints of
+other libraries, and part 4 makes the network faster. To understand ConvNeXt, read parts 1 and 2.
 
 Sections, tables and figures named below are the paper's; V2 is https://arxiv.org/abs/2301.00808
-(Woo et al., 2023). Formulas are for a single image. Where axes are reordered, an einops pattern
-doubles as the shape comment: b = batch, c = channels, h, w = height and width. Between blocks a
-feature map is (b, c, h, w); inside a block, after the depthwise convolution, it is (b, h, w, c).
+(Woo et al., 2023). Formulas describe a single image, without the batch axis. In shapes, b = batch,
+c = channels, h, w = height and width. The einops patterns that reorder axes, such as
+"b c h w -> b h w c", show the shape before and after.
 
 To try a different norm, change the base class of LayerNorm; for a different MLP or filter, change
-InvertedBottleneck or DepthwiseConv. With different parameters, pretrained weights do not fit.
+InvertedBottleneck or DepthwiseConv. Pretrained weights fit only layers with the same parameters.
 
 The network computes what the authors' code does (https://github.com/facebookresearch/ConvNeXt),
-and is initialised like it. `patch_size` is an addition: 4x4 patches leave small images too few
-positions. Each idea is a module of its own, so their `pwconv1` is `mlp.pwconv1` here.
+and is initialised like it. `patch_size` is an addition: patches of 4x4 pixels leave too few
+positions of a small image. Each idea is a module of its own, so the authors' parameter `pwconv1`
+is called `mlp.pwconv1` here.
 """
 
 import argparse
 import copy
 import hashlib
+import json
 import math
 import os
 import re
@@ -50,7 +60,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from functools import cache
-from itertools import pairwise, product
+from itertools import pairwise
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -64,34 +74,43 @@ from torch.utils.flop_counter import FlopCounterMode
 # --- Part 1. The network --------------------------------------------------------------------------
 
 class Patchify(nn.Conv2d):
-    """Cut a map into squares, turn each into a vector. (b, c, h, w) -> (b, dim, h / p, w / p)
+    """Cut a map into squares of pxp positions and turn each into a vector of dim numbers.
 
-        y[:, i, j] = W · flatten(x[:, p·i : p·i + p, p·j : p·j + p]) + bias,   p = patch_size
+    (b, c, h, w) -> (b, dim, h // p, w // p), with p = patch_size:
 
-    A convolution whose stride equals its kernel size: the windows do not overlap, and one linear
-    layer is shared by all of them. ResNet's stem is a 7x7 convolution with overlapping windows and
-    a max-pool; vision transformers use patches, and those work just as well here (section 2.2).
-    The stem has p = 4, the layers between the stages have p = 2. Rows and columns at the edge that
-    do not fill a patch are dropped.
+        y[:, i, j] = W · flatten(x[:, p·i : p·i + p, p·j : p·j + p]) + bias
+
+    This is a convolution whose stride equals its kernel size, so the windows do not overlap. It is
+    the same as one linear layer shared by all patches: W is the convolution's weight, flattened
+    from dim x c x p x p to dim x (c·p²). Rows and columns that do not fill a patch are dropped.
+
+    The stem has p = 4, the layers between the stages have p = 2. ResNet's stem is a 7x7 convolution
+    with overlapping windows and a max-pool. Patches, which vision transformers use, are simpler and
+    gain 0.15 points of accuracy (section 2.2).
     """
 
     def __init__(self, in_channels: int, dim: int, patch_size: int = 4) -> None:
         super().__init__(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
 class DepthwiseConv(nn.Conv2d):
-    """Filter each channel on its own with a 7x7 kernel. (b, dim, h, w) -> (b, dim, h, w)
+    """Filter each channel on its own with a kxk kernel. (b, dim, h, w) -> (b, dim, h, w)
 
-        y[c, i, j] = Σ_{u,v} W[c, u, v] · x[c, i + u - 3, j + v - 3] + bias[c],   u, v = 0 ... 6
+        y[c, i, j] = Σ_{u,v} W[c, u, v] · x[c, i + u - r, j + v - r] + bias[c],   u, v = 0 ... k - 1
 
-    Outside of the map x is zero. Like the weighted sum in self-attention, this mixes positions and
-    keeps channels apart. (ResNeXt's convolutions mixed the channels of small groups, MobileNet's
-    mixed none; section 2.3.) It takes 49·dim multiplications per position, where a dense 7x7
-    convolution takes 49·dim². So a large kernel is affordable. 3x3 -> 7x7 gains 0.65 points of
-    accuracy, and larger kernels no more; the windows of Swin's attention are at least 7x7, too
-    (section 2.5).
+    with k = kernel_size, 7 in ConvNeXt, and r = k // 2. Outside of the map x is zero. Like the
+    weighted sum in self-attention, this mixes positions and keeps channels apart. MobileNet has
+    such convolutions, and ResNeXt is half-way there: it mixes the channels of small groups
+    (section 2.3).
+
+    A 7x7 kernel takes 49·dim multiplications per position, where a dense 7x7 convolution takes
+    49·dim², so a large kernel is affordable. Going from 3x3 to 7x7 gains 0.65 points of accuracy,
+    and larger kernels gain no more; the windows of Swin's attention have 7x7 positions, too
+    (section 2.5). Raises ValueError for an even kernel size, which would change the map's size.
     """
 
     def __init__(self, dim: int, kernel_size: int = 7) -> None:
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, not {kernel_size}")
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
 class LayerNorm(nn.LayerNorm):
@@ -101,19 +120,20 @@ class LayerNorm(nn.LayerNorm):
 
     Mean and variance are taken over the last axis, the channels, of one position of one image.
     (GroupNorm with one group is different: it also averages over the positions.) Replacing
-    BatchNorm by it gained only 0.06 points (section 2.6). But an image no longer depends on the
-    rest of its batch, and training and evaluation compute the same.
+    BatchNorm by it gained only 0.06 points (section 2.6). The benefit is elsewhere: an image no
+    longer depends on the rest of its batch, and training and evaluation compute the same.
+
+    ε prevents a division by zero where all channels are alike. It matters where the variance is not
+    much larger, so pretrained weights need the ε of their training: 1e-6. PyTorch's default is 1e-5.
     """
 
     def __init__(self, dim: int) -> None:
-        super().__init__(dim, eps=1e-6)  # the authors' ε; PyTorch's default is 1e-5
+        super().__init__(dim, eps=1e-6)
 
 class LayerNorm2d(LayerNorm):
     """LayerNorm of a feature map. (b, dim, h, w) -> (b, dim, h, w)
 
-    The result of nn.LayerNorm lies in memory in the order b h w c, and the second rearrange only
-    renames its axes. Convolutions return the order in memory that they are given ("channels_last").
-    The stem ends with this layer, so from there on a norm or a linear layer never has to copy.
+    Block explains why moving the axes costs nothing.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,14 +141,15 @@ class LayerNorm2d(LayerNorm):
         return rearrange(x, "b h w c -> b c h w")
 
 class GRN(nn.Module):
-    """Global response normalisation: the new layer of ConvNeXt V2. (b, h, w, dim) -> (b, h, w, dim)
+    """Global response normalisation, the new layer of ConvNeXt V2. (b, h, w, dim) -> (b, h, w, dim)
 
         y = γ ⊙ (x ⊙ n) + β + x,   n[c] = ‖x[:, :, c]‖ / (mean over channels k of ‖x[:, :, k]‖ + ε)
 
-    The norms are taken over all positions of an image. V2 is pre-trained by filling in masked parts
-    of images, which made many channels of V1 respond alike. With GRN, channels compete: n is large
-    where a channel responds more strongly than the average (V2, section 3). γ and β start at 0, so
-    the layer starts as the identity.
+    with x indexed by row, column and channel, and the norm ‖·‖ taken over all positions of an
+    image. V2 is pre-trained by filling in masked parts of images. When V1 is pre-trained in this
+    way, many of its channels respond alike. GRN makes channels compete: n is large where a channel
+    responds more strongly than the average of all (V2, section 4). γ and β start at 0, so the layer
+    starts as the identity.
     """
 
     def __init__(self, dim: int) -> None:
@@ -137,11 +158,13 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # In at least float32, since squares overflow float16, and bfloat16 rounds the sum.
+        # The sum needs float32: squares overflow float16, and bfloat16 rounds small terms away.
         wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # (b, 1, 1, dim)
-        n = norm / (reduce(norm, "b 1 1 c -> b 1 1 1", "mean") + 1e-6)
-        return (self.gamma * (x * n) + self.beta + x).to(self.gamma.dtype)
+        squares = x.to(wide).square().sum((1, 2), keepdim=True)  # (b, 1, 1, dim)
+        norm = squares.clamp(min=1e-30).sqrt()  # the derivative of √ is infinite at 0
+        n = norm / (norm.mean(-1, keepdim=True) + 1e-6)
+        scale = (self.gamma * n).to(x.dtype)
+        return torch.addcmul(x + self.beta.to(x.dtype), x, scale)  # x + β + x ⊙ scale
 
 class InvertedBottleneck(nn.Module):
     """Two linear layers around a GELU, the same at every position. (..., dim) -> (..., dim)
@@ -157,8 +180,8 @@ class InvertedBottleneck(nn.Module):
 
     def __init__(self, dim: int, expansion: int = 4, grn: bool = False) -> None:
         super().__init__()
-        # pw stands for pointwise: 1x1 convolutions would compute the same, but nn.Linear on the
-        # last axis is one large matrix product.
+        # pw stands for pointwise. A 1x1 convolution computes the same, but nn.Linear acts on the
+        # last axis, as LayerNorm does, so between the two nothing has to be moved.
         self.pwconv1 = nn.Linear(dim, expansion * dim)
         self.act = nn.GELU()
         self.grn = GRN(expansion * dim) if grn else nn.Identity()
@@ -173,8 +196,11 @@ class LayerScale(nn.Module):
         y = γ ⊙ x,   γ starts at `init`, 1e-6 in the paper
 
     This comes from CaiT, a deep vision transformer (Touvron et al., 2021). With so small a γ every
-    block starts as almost the identity, and its branch grows as far as it proves useful. γ has one
-    axis, like biases and the weights of norms: train.py excludes all of these from weight decay.
+    block starts as almost the identity, and its branch grows as far as it proves useful.
+
+    Weight decay, which pulls parameters towards 0, is for matrices and filters. The authors exclude
+    vectors: biases, the weights of norms, LayerScale's γ, GRN's γ and β. They are too few to fit
+    noise with, and a factor that is pulled to 0 switches its channel off.
     """
 
     def __init__(self, dim: int, init: float = 1e-6) -> None:
@@ -197,13 +223,14 @@ class DropPath(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         if not 0 <= p < 1:
-            raise ValueError(f"drop_path must be at least 0 and below 1, not {p}")
+            raise ValueError(f"p must be at least 0 and below 1, not {p}")
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        keep = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.p)  # (b, 1, 1, 1)
+        shape = [len(x)] + [1] * (x.ndim - 1)  # (b, 1, 1, 1) for a feature map
+        keep = x.new_empty(shape).bernoulli_(1 - self.p)
         return x * (keep / (1 - self.p))
 
     def extra_repr(self) -> str:
@@ -220,7 +247,14 @@ class Block(nn.Module):
     removing two of its three norms 0.14 (section 2.6). The paper measures this and has no theory.
 
     Of the 49·dim + 8·dim² multiplications per position, the 7x7 kernel takes 6 % at 96 channels and
-    0.8 % at 768.
+    0.8 % at 768. Its share of the time is far larger, because a processor does many small filters
+    less efficiently than one large matrix product.
+
+    The order of the axes changes within the block. A convolution takes (b, c, h, w), but the norm
+    and the linear layers act on the last axis, so that they need (b, h, w, c). The two rearranges
+    copy nothing: they only rename the axes of numbers that lie in memory in the order b h w c.
+    PyTorch calls this order "channels_last". A convolution whose input has it returns it, and the
+    norm at the end of the stem produces it. That norm copies its input once; nothing else does.
 
     drop_path: p of DropPath. layer_scale: initial γ of LayerScale, 0 for none. grn: V2's block.
     """
@@ -245,10 +279,11 @@ class Block(nn.Module):
         return shortcut + self.drop_path(x)
 
 class Downsample(nn.Sequential):
-    """Halve the resolution between two stages. (b, dim_in, h, w) -> (b, dim, h / 2, w / 2)
+    """Halve the resolution between two stages. (b, dim_in, h, w) -> (b, dim, h // 2, w // 2)
 
     ResNet does this inside the first block of a stage. ConvNeXt, like Swin, has a separate layer, a
-    2x2 convolution of stride 2. Without the norm before it, training diverges (section 2.6).
+    2x2 convolution of stride 2. Without a norm wherever the resolution changes, training diverges
+    (section 2.6). The paper does not say why it comes first; Swin's layer has the same order.
     """
 
     def __init__(self, dim_in: int, dim: int) -> None:
@@ -257,9 +292,9 @@ class Downsample(nn.Sequential):
 class Head(nn.Module):
     """Average over the positions, normalise, classify. (b, dim, h, w) -> (b, num_classes)
 
-    The norm comes after the average, so it acts on the vector that is classified: the mean of
-    normalised vectors would no longer be normalised. With `num_classes` 0 the head returns the
-    normalised features, (b, dim).
+    The norm comes after the average, so that the vector that is classified is normalised. The
+    average of normalised vectors would not be. With `num_classes` 0 the head returns the normalised
+    features, (b, dim).
     """
 
     def __init__(self, dim: int, num_classes: int) -> None:
@@ -273,14 +308,23 @@ class Head(nn.Module):
 class ConvNeXt(nn.Module):
     """Stages of blocks, each at half the resolution of the stage before (table 9).
 
-    depths, dims: the number of blocks and of channels in each stage. num_classes: 0 for features.
-    in_channels: channels of the image. patch_size: of the stem, 4 in the paper; at 32x32 pixels,
-    2 leaves the last stage 2x2 positions, and 1 leaves 4x4. drop_path: the chance of dropping the
-    last block's branch, in [0, 1); it rises linearly from 0 at the first block. The paper trains
-    Tiny with 0.1, Small with 0.4, Base and Large with 0.5 (table 5). layer_scale: initial γ, 0 for
-    no LayerScale. grn: ConvNeXt V2. head_init_scale: a factor on the classifier's initial weights,
-    0.001 in fine-tuning (table 6): the gradient that reaches the pretrained features is multiplied
-    by these weights, and a new classifier's would spoil them.
+    depths, dims: the number of blocks and of channels in each stage, for any number of stages. The
+    channels can be read as `model.dims`. num_classes: 0 for features. in_channels: channels of the
+    image. layer_scale: initial γ, 0 for no LayerScale. grn: ConvNeXt V2.
+
+    patch_size: of the stem, 4 in the paper. In four stages an image of 32x32 pixels shrinks to a
+    map of 1x1 positions with patch_size 4, of 2x2 with patch_size 2, and of 4x4 with patch_size 1.
+    Half the patch size means four times as many positions, and so four times the work.
+
+    drop_path: the chance of dropping the last block's branch, at least 0 and below 1. It rises
+    linearly from 0 at the first block. The paper trains Tiny with 0.1, Small with 0.4, Base and
+    Large with 0.5 (table 5).
+
+    head_init_scale: a factor on the classifier's initial weights, 0.001 in fine-tuning (table 6).
+    The gradient that reaches the pretrained layers was multiplied by the classifier's weights. As
+    long as these are random, it would spoil the pretrained layers, so it is made small.
+
+    Raises ValueError for depths and dims of different length, and for numbers out of range.
     """
 
     def __init__(
@@ -289,18 +333,29 @@ class ConvNeXt(nn.Module):
         layer_scale: float = 1e-6, grn: bool = False, head_init_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        if not depths or len(depths) != len(dims) or min(*depths, *dims) < 1:
+            raise ValueError("depths and dims must have one number, 1 or more, for each stage, not "
+                             f"{tuple(depths)} and {tuple(dims)}")
         if patch_size < 1:
             raise ValueError(f"patch_size must be 1 or more, not {patch_size}")
-        # The authors' name for what comes before each stage: the stem, then the Downsamples.
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must be at least 0 and below 1, not {drop_path}")
+        self.dims = tuple(dims)
         stem = nn.Sequential(Patchify(in_channels, dims[0], patch_size), LayerNorm2d(dims[0]))
-        self.downsample_layers = nn.ModuleList(
-            [stem, *(Downsample(dim_in, dim) for dim_in, dim in pairwise(dims))])
-        # Early blocks are dropped less often, since every later block builds on them.
-        rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
+        # The authors' name for what comes before each stage, although the first is the stem.
+        self.downsample_layers = nn.ModuleList([stem])
+        for dim_in, dim in pairwise(dims):
+            self.downsample_layers.append(Downsample(dim_in, dim))
         self.stages = nn.ModuleList()
+        index = 0  # of the block in the whole network
         for depth, dim in zip(depths, dims, strict=True):
-            blocks = [Block(dim, rates.pop(0), layer_scale, grn) for _ in range(depth)]
-            self.stages.append(nn.Sequential(*blocks))
+            stage = nn.Sequential()
+            for _ in range(depth):
+                # Early blocks are dropped less often, since every later block builds on them.
+                rate = drop_path * index / max(1, sum(depths) - 1)
+                stage.append(Block(dim, rate, layer_scale, grn))
+                index += 1
+            self.stages.append(stage)
         self.head = Head(dims[-1], num_classes)
         self.apply(self._init_weights)
         if num_classes:
@@ -320,11 +375,11 @@ class ConvNeXt(nn.Module):
         return self.head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(b, in_channels, h, w) -> the last stage's map, (b, dims[-1], h / 32, w / 32).
+        """(b, in_channels, h, w) -> the last stage's map, (b, dims[-1], h // 32, w // 32).
 
-        With smaller patches the map is larger: h / 16 at patch size 2. Sizes that are no multiple
-        of the stride are rounded down. Raises ValueError for a wrong number of axes or channels,
-        and for an image that is smaller than the total stride.
+        The total stride is 32 for four stages and patches of 4x4 pixels. In general it is
+        patch_size · 2^(stages - 1). Raises ValueError for a wrong number of axes or channels, and
+        for an image that is smaller than the total stride.
         """
         self._check(x)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
@@ -334,24 +389,27 @@ class ConvNeXt(nn.Module):
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """(b, in_channels, h, w) -> the map of every stage, at strides 4, 8, 16 and 32.
 
-        These strides are those of 4x4 patches. A detection or segmentation head takes such maps,
-        often with a norm of its own for each. Errors: see forward_features.
+        `model.dims` has their numbers of channels. The first stride is the patch size. Detection
+        and segmentation heads take such maps, often with a norm of their own for each. Errors: see
+        forward_features.
         """
         self._check(x)
-        maps = [x]
+        maps = []
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            maps.append(stage(downsample(maps[-1])))
-        return maps[1:]
+            x = stage(downsample(x))
+            maps.append(x)
+        return maps
 
     def _check(self, x: Tensor) -> None:
-        # Ask the layers, since a user may have replaced the stem's convolution by a different one.
-        convolutions = [m for m in self.downsample_layers.modules() if isinstance(m, nn.Conv2d)]
-        channels = convolutions[0].in_channels
-        stride = math.prod([m.stride[0] for m in convolutions])  # torch.compile wants a list
-        if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < stride:
+        first, *others = self.downsample_layers
+        stem = first[0] if isinstance(first, nn.Sequential) else first
+        if not isinstance(stem, Patchify) or {type(layer) for layer in others} - {Downsample}:
+            return  # layers of your own: only PyTorch knows what fits them
+        stride = stem.stride[0] * 2 ** len(others)
+        if x.ndim != 4 or x.shape[1] != stem.in_channels or min(x.shape[2:]) < stride:
             raise ValueError(
-                f"images must be (b, {channels}, h, w) with h and w {stride} or more (the total "
-                f"stride; a smaller patch_size lowers it), not {tuple(x.shape)}")
+                f"images must be (b, {stem.in_channels}, h, w) with h and w {stride} or more (the "
+                f"total stride; a smaller patch_size lowers it), not {tuple(x.shape)}")
 
 class Variant(NamedTuple):
     depths: tuple[int, ...]  # blocks per stage
@@ -360,14 +418,14 @@ class Variant(NamedTuple):
     grn: bool = False  # ConvNeXt V2
 
 # The paper's stages have 1 : 1 : 3 : 1 blocks, like Swin-T's, or 1 : 1 : 9 : 1. ResNet-50 has
-# (3, 4, 6, 3); the change gained 0.54 points (section 2.2). The paper gives no reason beyond that.
+# (3, 4, 6, 3). The change gained 0.54 points, and the cost is Swin-T's now (section 2.2).
 VARIANTS = {
-    # First published in timm and with ConvNeXt V2.                          parameters
+    # These four were first published in timm and with ConvNeXt V2.         parameters
     "atto": Variant((2, 2, 6, 2), (40, 80, 160, 320), 0.55),               # 3.7M
     "femto": Variant((2, 2, 6, 2), (48, 96, 192, 384), 0.78),              # 5.2M
     "pico": Variant((2, 2, 6, 2), (64, 128, 256, 512), 1.37),              # 9.0M
     "nano": Variant((2, 2, 8, 2), (80, 160, 320, 640), 2.45),              # 15.6M
-    # The paper's (section 3, table 1).
+    # These are the paper's (section 3, table 1).
     "tiny": Variant((3, 3, 9, 3), (96, 192, 384, 768), 4.5),               # 28.6M
     "small": Variant((3, 3, 27, 3), (96, 192, 384, 768), 8.7),             # 50.2M
     "base": Variant((3, 3, 27, 3), (128, 256, 512, 1024), 15.4),           # 88.6M
@@ -382,9 +440,9 @@ VARIANTS["v2_huge"] = Variant((3, 3, 27, 3), (352, 704, 1408, 2816), 115, grn=Tr
 def create_convnext(variant: str, *, layer_scale: float | None = None, **options: Any) -> ConvNeXt:
     """Build one of the VARIANTS with initial weights, in training mode.
 
-    options: the other keyword arguments of ConvNeXt, except grn. layer_scale: 1e-6 by default in
-    V1, and none in V2, whose paper found it unnecessary with GRN. Raises ValueError for an unknown
-    variant.
+    options: keyword arguments of ConvNeXt other than depths, dims and grn, which the variant fixes.
+    layer_scale: 1e-6 by default in V1, and none in V2, whose paper found it unnecessary with GRN.
+    Raises ValueError for an unknown variant. Networks of other sizes: ConvNeXt(depths, dims).
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
@@ -393,26 +451,12 @@ def create_convnext(variant: str, *, layer_scale: float | None = None, **options
         layer_scale = 0.0 if grn else 1e-6
     return ConvNeXt(depths, dims, layer_scale=layer_scale, grn=grn, **options)
 
-# The network ends here. What follows measures it.
-
-def count_macs(model: nn.Module, image_size: int, in_channels: int = 3) -> int:
-    """Count the multiply-accumulates of convolutions, linear layers and attention for one image.
-
-    The papers call them FLOPs. They are counted on the meta device, where tensors have only shapes.
-    """
-    model = copy.deepcopy(model).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, in_channels, image_size, image_size, device="meta"))
-    return counter.get_total_flops() // 2  # PyTorch counts multiplications and additions
-
-def variant_table() -> Iterator[str]:
-    """Yield a line per variant: shape, parameters, and the cost as counted and as published."""
-    yield f"{'variant':8} {'depths':14} {'dims':24} {'parameters':>11} {'GMACs':>7} {'printed':>7}"
-    for name, (depths, dims, gflops, _) in VARIANTS.items():
-        with torch.device("meta"):
-            model = create_convnext(name)
-        size, macs = sum(p.numel() for p in model.parameters()), count_macs(model, 224)
-        yield f"{name:8} {depths!s:14} {dims!s:24} {size:11,} {macs / 1e9:7.3f} {gflops:7}"
+def variant_of(depths: tuple[int, ...], dims: tuple[int, ...], grn: bool) -> str | None:
+    """Return the name of the variant with these stages, or None if there is none."""
+    for name, variant in VARIANTS.items():
+        if (variant.depths, variant.dims, variant.grn) == (tuple(depths), tuple(dims), grn):
+            return name
+    return None
 
 
 # --- Part 2. The road: how the paper gets here from a ResNet-50 (section 2, table 10) -------------
@@ -421,9 +465,9 @@ class Design(NamedTuple):
     """Everything that the paper changes on the way. The defaults are ResNet-50."""
 
     depths: tuple[int, ...] = (3, 4, 6, 3)
-    patchify: bool = False  # the stem: 4x4 patches instead of a strided 7x7 and a max-pool
+    patchify: bool = False  # the stem: patches of 4x4 pixels, not a strided 7x7 and a max-pool
     depthwise: bool = False  # the kxk convolution has one filter per channel
-    width: int = 64  # channels of the 3x3 convolutions in stage 1; doubled from stage to stage
+    width: int = 64  # channels of stage 1 where its blocks are narrow; doubled in each later stage
     inverted: bool = False  # blocks are narrow - wide - narrow, not wide - narrow - wide
     depthwise_first: bool = False  # the kxk convolution is the first layer, not the second
     kernel_size: int = 3  # k
@@ -431,8 +475,11 @@ class Design(NamedTuple):
     one_act: bool = False  # a block has one activation, not three
     one_norm: bool = False  # a block has one norm, not three
     norm: type[nn.Module] = nn.BatchNorm2d
-    separate_downsampling: bool = False  # between the stages; with LayerScale and the head's norm
-    attention: bool = False  # Swin's, instead of the depthwise convolution; after the last step
+    # Layers of their own between the stages. LayerScale and the head's norm come with this step.
+    separate_downsampling: bool = False
+    # Not in the paper: blocks with attention, for networks with separate_downsampling.
+    attention: bool = False  # WindowAttention takes the place of the depthwise convolution
+    swin_block: bool = False  # SwinBlock takes the place of the whole block
 
 class Step(NamedTuple):
     name: str
@@ -463,26 +510,90 @@ ROADMAP = (
     Step("separate downsampling", {"separate_downsampling": True}, 81.97, 4.49),
 )
 
+DESIGNS: dict[str, Design] = {}  # the network after each step, by the step's name
+last_kept = Design()
+for step in ROADMAP:
+    DESIGNS[step.name] = last_kept._replace(**step.change)
+    if step.kept:
+        last_kept = DESIGNS[step.name]
+# Not steps of the paper: what attention does in place of the convolution, in two kinds of block.
+DESIGNS["window attention"] = last_kept._replace(attention=True)
+DESIGNS["Swin block"] = last_kept._replace(swin_block=True)
+
+class RoadmapBlock(nn.Module):
+    """A block between ResNet's and ConvNeXt's. (b, dim_in, h, w) -> (b, dim, h // s, w // s)
+
+    width: of the stage, see Design. The block returns dim = 4·width channels, or dim = width if it
+    is inverted, which can be read as `block.dim`. stride: s, of the kxk convolution and the
+    shortcut. shift: see WindowAttention, which has no stride.
+    """
+
+    def __init__(self, design: Design, dim_in: int, width: int, stride: int, shift: bool,
+                 layer_scale: float) -> None:
+        super().__init__()
+        self.dim = width if design.inverted else 4 * width
+        middle = 4 * width if design.inverted else width
+        norm = None if design.one_norm else design.norm  # the step "one norm" removes it
+        act = nn.Identity if design.one_act else design.act  # "one activation" removes it
+
+        def conv(c_in: int, c_out: int, norm: type[nn.Module] | None, size: int = 1,
+                 stride: int = 1, groups: int = 1) -> list[nn.Module]:
+            if groups == c_in and stride == 1:
+                layer: nn.Conv2d = DepthwiseConv(c_in, size)
+            else:
+                bias = norm is not nn.BatchNorm2d  # which subtracts any bias
+                layer = nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=bias)
+            return [layer, norm(c_out)] if norm else [layer]
+
+        def mix(dim: int) -> list[nn.Module]:  # what mixes positions; this norm always stays
+            if design.attention:
+                return [WindowAttention(dim, shift), design.norm(dim)]
+            groups = dim if design.depthwise else 1
+            return conv(dim, dim, design.norm, design.kernel_size, stride, groups)
+
+        if design.depthwise_first:  # kxk - wide - narrow
+            layers = [*mix(dim_in), act(), *conv(dim_in, middle, norm)]
+        else:  # 1x1 - kxk - 1x1
+            layers = [*conv(dim_in, middle, norm), act(), *mix(middle)]
+        self.branch = nn.Sequential(*layers, design.act(), *conv(middle, self.dim, norm))
+        self.shortcut = nn.Sequential()
+        if dim_in != self.dim or stride > 1:
+            self.shortcut.extend(conv(dim_in, self.dim, design.norm, stride=stride))
+        self.act = act()
+        # The paper does not say from which step on LayerScale was used.
+        has_scale = design.separate_downsampling and layer_scale > 0
+        self.layer_scale = LayerScale(self.dim, layer_scale) if has_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = rearrange(self.branch(x), "b c h w -> b h w c")
+        y = rearrange(self.layer_scale(y), "b h w c -> b c h w")
+        return self.act(self.shortcut(x) + y)
+
 class WindowAttention(nn.Module):
     """Self-attention within windows of 7x7 positions, like Swin's. (b, dim, h, w) -> same shape
 
         y = W · softmax(q · kᵀ / √d + B) · v,   q, k, v = linear(x),   d = dim / heads
 
-    There is a head per 16 channels. B is learned, for each head and relative position. Positions
-    outside of the map are masked. shift: the windows begin at position 3 instead of 0, and what
-    lies before forms a smaller window. In Swin every other block is shifted, so that windows
-    exchange information. An axis with a single window is not shifted. Raises ValueError if dim is
-    not a multiple of the number of heads.
+    There are dim // 16 heads, of 16 channels each where 16 divides dim. Swin has 32 channels per
+    head; 16 give narrow networks several heads, too. B is learned, for each head and relative
+    position. Positions outside of the map are masked. shift: the windows begin at position 3
+    instead of 0, and what lies before forms a smaller window. In Swin every other block is shifted,
+    so that windows exchange information. An axis with a single window is not shifted. The biases of
+    the linear layers start at 0, as in Swin. Raises ValueError if the heads cannot share dim.
     """
 
     def __init__(self, dim: int, shift: bool, window: int = 7) -> None:
         super().__init__()
-        self.window, self.heads = window, max(1, dim // 16)
+        self.window = window
+        self.heads = max(1, dim // 16)
         self.before = window - window // 2 if shift else 0  # rows of the first window off the map
         if dim % self.heads:
             raise ValueError(f"{dim} channels cannot be divided into {self.heads} heads; give a "
                              "multiple of 16")
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.proj.bias)
         self.bias = nn.Parameter(0.02 * torch.randn(self.heads, (2 * window - 1) ** 2))
         position = torch.cartesian_prod(torch.arange(window), torch.arange(window))
         offset = position[:, None] - position + window - 1  # (49, 49, 2), rows and columns, from 0
@@ -490,135 +601,138 @@ class WindowAttention(nn.Module):
                              persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        (h, w), n = x.shape[2:], self.window
-        top, left = (self.before if size > n else 0 for size in (h, w))
-        sides = (left, -(w + left) % n, top, -(h + top) % n)  # fill up to whole windows
-        x = F.pad(self.qkv(rearrange(x, "b c h w -> b h w c")), (0, 0, *sides))
-        q, k, v = rearrange(x, "b (i p) (j q) (three m c) -> three b (i j) m (p q) c",
+        n = self.window
+        h, w = x.shape[2:]
+        top = self.before if h > n else 0
+        left = self.before if w > n else 0
+        rows = math.ceil((top + h) / n)  # of windows
+        columns = math.ceil((left + w) / n)
+        fill = (left, columns * n - left - w, top, rows * n - top - h)  # up to whole windows
+        qkv = self.qkv(rearrange(x, "b c h w -> b h w c"))
+        q, k, v = rearrange(F.pad(qkv, (0, 0, *fill)),
+                            "b (i p) (j q) (three m c) -> three b (i j) m (p q) c",
                             three=3, m=self.heads, p=n, q=n)  # m heads of c channels
-        outside = F.pad(x.new_zeros(h, w), sides, value=1)
+        outside = F.pad(x.new_zeros(h, w), fill, value=1)
         outside = rearrange(outside, "(i p) (j q) -> (i j) 1 1 (p q)", p=n, q=n)
         bias = self.bias[:, self.index] - 1e4 * outside  # (windows, heads, 49, 49)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        y = rearrange(y, "b (i j) m (p q) c -> b (i p) (j q) (m c)", j=x.shape[2] // n, p=n)
+        y = rearrange(y, "b (i j) m (p q) c -> b (i p) (j q) (m c)", i=rows, p=n)
         y = self.proj(y[:, top : top + h, left : left + w])
         return rearrange(y, "b h w c -> b c h w")
 
-class RoadmapBlock(nn.Module):
-    """A block between ResNet's and ConvNeXt's. (b, dim_in, h, w) -> (b, dim, h / s, w / s)
+class SwinBlock(nn.Module):
+    """Swin's block: attention and MLP each have a norm and a shortcut. (b, dim, h, w) -> the same
 
-    width: that of the stage. There are self.dim output channels: 4·width, or width if inverted.
-    stride: s, of the kxk convolution and the shortcut. index: the position in the stage; in odd
-    ones attention is shifted.
+        y = x + WindowAttention(LayerNorm(x)),   z = y + InvertedBottleneck(LayerNorm(y))
+
+    It has no LayerScale. shift: see WindowAttention.
     """
 
-    def __init__(self, design: Design, dim_in: int, width: int, stride: int, index: int,
-                 layer_scale: float) -> None:
+    def __init__(self, dim: int, shift: bool) -> None:
         super().__init__()
-        d = design
-        middle, self.dim = (4 * width, width) if d.inverted else (width, 4 * width)
-        optional_act = nn.Identity if d.one_act else d.act  # the step "one activation" removes it
-
-        def conv(c_in: int, c_out: int, size: int = 1, stride: int = 1, groups: int = 1,
-                 norm: bool = True) -> list[nn.Module]:
-            if groups == c_in == c_out and stride == 1:
-                layer: nn.Conv2d = DepthwiseConv(c_in, size)
-            else:
-                bias = not (norm and d.norm is nn.BatchNorm2d)  # BatchNorm subtracts any bias
-                layer = nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=bias)
-            return [layer, d.norm(c_out)] if norm else [layer]
-
-        def mix(dim: int) -> list[nn.Module]:  # what mixes positions
-            if d.attention:
-                return [WindowAttention(dim, shift=index % 2 == 1), d.norm(dim)]
-            return conv(dim, dim, d.kernel_size, stride, groups=dim if d.depthwise else 1)
-
-        if d.depthwise_first:  # kxk - wide - narrow
-            layers = [*mix(dim_in), optional_act(), *conv(dim_in, middle, norm=not d.one_norm)]
-        else:  # 1x1 - kxk - 1x1
-            layers = [*conv(dim_in, middle, norm=not d.one_norm), optional_act(), *mix(middle)]
-        self.branch = nn.Sequential(*layers, d.act(), *conv(middle, self.dim, norm=not d.one_norm))
-        keeps_shape = (dim_in, stride) == (self.dim, 1)
-        self.shortcut = nn.Sequential(
-            *([] if keeps_shape else conv(dim_in, self.dim, stride=stride)))
-        self.act = optional_act()
-        # The paper does not say from which step on LayerScale was used.
-        scaled = d.separate_downsampling and layer_scale
-        self.layer_scale = LayerScale(self.dim, layer_scale) if scaled else nn.Identity()
+        self.norm1 = LayerNorm2d(dim)
+        self.attention = WindowAttention(dim, shift)
+        self.norm2 = LayerNorm2d(dim)
+        self.mlp = InvertedBottleneck(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.layer_scale(rearrange(self.branch(x), "b c h w -> b h w c"))
-        return self.act(self.shortcut(x) + rearrange(y, "b h w c -> b c h w"))
+        x = x + self.attention(self.norm1(x))
+        y = rearrange(self.norm2(x), "b c h w -> b h w c")
+        return x + rearrange(self.mlp(y), "b h w c -> b c h w")
 
 def roadmap_network(design: Design, num_classes: int = 1000, patch_size: int = 4,
                     layer_scale: float = 1e-6) -> nn.Sequential:
-    """Build any network of the road, with PyTorch's initialisation. (b, 3, h, w) -> (b, classes)
+    """Build any network of the road, such as DESIGNS["GELU"]. (b, 3, h, w) -> (b, num_classes)
 
     patch_size: the stem's stride, also without patches: 4, or 1 or 2 for images of 32x32 pixels.
-    layer_scale: see Block. The paper's networks had stochastic depth too, which is left out here.
-    Raises ValueError for a different patch_size, and for attention before the road's last step.
+    layer_scale: see Block. For another width, use DESIGNS["GELU"]._replace(width=32).
+
+    Initial weights are PyTorch's, and the stochastic depth of the paper's networks is left out: the
+    last step is ConvNeXt-Tiny, but starts from other weights. Raises ValueError for a different
+    patch_size, and for attention without separate downsampling.
     """
-    d, dim = design, design.width
-    if patch_size not in (1, 2, 4) or d.attention and not d.separate_downsampling:
-        raise ValueError("patch_size must be 1, 2 or 4, and attention needs separate_downsampling")
-    if d.patchify:  # the paper names no norm here before the last step, so this one is a guess
-        layers: list[nn.Module] = [Patchify(3, dim, patch_size), d.norm(dim)]
+    if patch_size not in (1, 2, 4):
+        raise ValueError(f"patch_size must be 1, 2 or 4, not {patch_size}")
+    if (design.attention or design.swin_block) and not design.separate_downsampling:
+        raise ValueError("attention needs separate_downsampling: it has no stride")
+    dim = design.width
+    layers: list[nn.Module]
+    if design.patchify:  # the paper names no norm here before the last step, so this one is a guess
+        layers = [Patchify(3, dim, patch_size), design.norm(dim)]
     else:
         layers = [nn.Conv2d(3, dim, 7, stride=min(2, patch_size), padding=3, bias=False),
-                  d.norm(dim), d.act()]
+                  design.norm(dim), design.act()]
         if patch_size == 4:
             layers.append(nn.MaxPool2d(3, stride=2, padding=1))
-    for stage, depth in enumerate(d.depths):
-        width, stride = d.width * 2**stage, 2 if stage else 1
-        if stage and d.separate_downsampling:
+    for stage, depth in enumerate(design.depths):
+        width = design.width * 2**stage
+        stride = 2 if stage else 1  # of the first block
+        if stage and design.separate_downsampling:
             layers.append(Downsample(dim, width))
             dim, stride = width, 1
         for index in range(depth):
-            layers.append(RoadmapBlock(d, dim, width, stride, index, layer_scale))
-            dim, stride = layers[-1].dim, 1
+            shift = index % 2 == 1
+            if design.swin_block:
+                layers.append(SwinBlock(dim, shift))
+                continue
+            block = RoadmapBlock(design, dim, width, stride, shift, layer_scale)
+            layers.append(block)
+            dim, stride = block.dim, 1
     head = Head(dim, num_classes)
-    if not d.separate_downsampling:
+    if not design.separate_downsampling:
         head.norm = nn.Identity()  # the head's norm came with the last step
     return nn.Sequential(*layers, head)
 
-def roadmap() -> Iterator[tuple[Step, Design]]:
-    """Yield each step of the road with the whole design that it arrives at."""
-    kept = Design()
-    for step in ROADMAP:
-        design = kept._replace(**step.change)
-        yield step, design
-        kept = design if step.kept else kept
+def count_macs(model: nn.Module, image_size: int, in_channels: int | None = None) -> int:
+    """Count the multiply-accumulates of convolutions, linear layers and attention for one image.
 
-def named_design(name: str, width: int = 0) -> Design:
-    """Return the design after the step with this name. "window attention": the last with attention.
-
-    width: instead of the paper's 64 or 96; 0 keeps these. Raises KeyError for an unknown name.
+    The papers call them FLOPs. They are counted on the meta device, where tensors have only shapes.
+    in_channels: of the image; by default, what the first convolution takes.
     """
-    designs = {step.name: design for step, design in roadmap()}
-    designs["window attention"] = [*designs.values()][-1]._replace(attention=True)
-    return designs[name]._replace(width=width or designs[name].width)
+    model = copy.deepcopy(model).to("meta").eval()
+    if in_channels is None:
+        convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+        in_channels = convolutions[0].in_channels if convolutions else 3
+    dtype = next(model.parameters()).dtype
+    image = torch.zeros(1, in_channels, image_size, image_size, device="meta", dtype=dtype)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return counter.get_total_flops() // 2  # PyTorch counts multiplications and additions
+
+def variant_table() -> Iterator[str]:
+    """Yield a line per variant: shape, parameters, and the cost as counted and as published."""
+    yield f"{'variant':8} {'depths':14} {'dims':24} {'parameters':>11} {'GMACs':>7} {'printed':>7}"
+    for name, (depths, dims, gflops, _) in VARIANTS.items():
+        with torch.device("meta"):
+            model = create_convnext(name)
+        size = sum(p.numel() for p in model.parameters())
+        counted = count_macs(model, 224) / 1e9
+        yield f"{name:8} {depths!s:14} {dims!s:24} {size:11,} {counted:7.3f} {gflops:7}"
 
 def road_table() -> Iterator[str]:
     """Yield a line per step: accuracy, gain and cost as printed, and the cost as counted here."""
     yield f"{'step':24} {'top-1, %':>8} {'gain':>6} {'GFLOPs':>7} {'counted':>8}"
     before = OLD_RECIPE_TOP1
-    for step, design in roadmap():
+    for step in ROADMAP:
         with torch.device("meta"):
-            macs = count_macs(roadmap_network(design), 224)
-        counted = f"{macs / 1e9:.2f}"
-        mark = "" if step.kept else "  not kept"
-        mark += "" if counted == f"{step.gflops:.2f}" else "  differs"
-        yield (f"{step.name:24} {step.top1:8.2f} {step.top1 - before:+6.2f} {step.gflops:7.2f} "
-               f"{counted:>8}{mark}")
-        before = step.top1 if step.kept else before
+            model = roadmap_network(DESIGNS[step.name])
+        printed = f"{step.gflops:.2f}"
+        counted = f"{count_macs(model, 224) / 1e9:.2f}"
+        remarks = "" if step.kept else "  not kept"
+        remarks += "" if counted == printed else "  differs"
+        yield (f"{step.name:24} {step.top1:8.2f} {step.top1 - before:+6.2f} {printed:>7} "
+               f"{counted:>8}{remarks}")
+        if step.kept:
+            before = step.top1
 
 
 # --- Part 3. Weights: the checkpoints of other libraries, in and out ------------------------------
 
 # The authors (Meta), timm, torchvision and Hugging Face's transformers store the same network under
 # different names. Each row has the names of one module, in the order of LAYOUTS. "=" means the name
-# in the first column, "-" that the layout has none. {s} is the stage from 0 to 3, {d} = 2·s, {e} =
+# in the first column, "-" that the layout has none. {s} is the stage from 0 on, {d} = 2·s, {e} =
 # 2·s + 1, and {b} is the block. The names of a row that begins with a dot follow those in BLOCK.
+# For example, "stages.2.8.mlp.pwconv1.weight" is "stages.2.blocks.8.mlp.fc1.weight" in timm.
 LAYOUTS = ("native", "meta", "timm", "torchvision", "huggingface")
 BLOCK = ("stages.{s}.{b}", "stages.{s}.{b}", "stages.{s}.blocks.{b}", "features.{e}.{b}",
          "encoder.stages.{s}.layers.{b}")
@@ -643,76 +757,108 @@ SHAPES = {  # the parameters with a different shape, by a part of their native n
     "huggingface": {".grn.": "c -> 1 1 1 c"},
 }
 
+TABLE: list[dict[str, str]] = []  # a dict per row: the whole name in each layout that has one
+for line in NAMES.strip().splitlines():
+    row = dict(zip(LAYOUTS, line.split(), strict=True))
+    for layout, block in zip(LAYOUTS, BLOCK, strict=True):
+        row[layout] = row["native"] if row[layout] == "=" else row[layout]
+        if row[layout].startswith("."):
+            row[layout] = block + row[layout]
+    TABLE.append(row)
+
 @cache
-def name_map(layout: str) -> Mapping[str, str]:
-    """Map native names to the layout's: all parameters of four stages of up to 40 blocks each."""
-    names, column = {}, LAYOUTS.index(layout)
-    ends = ("", ".weight", ".bias", ".0.weight", ".0.bias", ".1.weight", ".1.bias")
-    for row in map(str.split, NAMES.strip().splitlines()):
-        texts = [row[0], row[0] if row[column] == "=" else row[column]]
-        if row[0].startswith("."):
-            texts = [BLOCK[i] + text for i, text in zip((0, column), texts, strict=True)]
-        for s, b, end in product(range(4), range(40), ends):
-            native, name = (t.format(s=s, d=2 * s, e=2 * s + 1, b=b) + end for t in texts)
-            names.setdefault(native, name)  # for stage 0 the stem's rows, which come first, stand
-    return names
+def pattern(text: str) -> str:
+    """Turn a name of the table into a regular expression whose groups are called s, d, e and b."""
+    return re.sub(r"\\{(.)\\}", r"(?P<\1>\\d+)", re.escape(text))
+
+def renamed(name: str, old: str, new: str) -> str | None:
+    """Translate a parameter's name from one layout into another; None if it is unknown there."""
+    for row in TABLE:  # stage 0 has the stem's rows, which come first
+        match = re.fullmatch(pattern(row[old]) + r"(?P<end>(\.[01])?\.(weight|bias)|)", name)
+        if match and row[new] != "-":
+            numbers = match.groupdict()
+            twice = numbers.get("d") or numbers.get("e") or 0
+            s = int(numbers.get("s") or int(twice) // 2)
+            return row[new].format(s=s, d=2 * s, e=2 * s + 1, b=numbers.get("b")) + match["end"]
+    return None
 
 def unwrapped(model: nn.Module) -> ConvNeXt:
     """Return the ConvNeXt inside of torch.compile, DataParallel, AveragedModel or the like."""
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        if isinstance(module, ConvNeXt) and {*module.parameters()} == {*model.parameters()}:
-            return module
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, ConvNeXt) and {*module.parameters()} == {*model.parameters()}:
+                return module
     raise TypeError(f"expected a ConvNeXt, not a {type(model).__name__}")
 
 def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
     """Return the state dict, which shares the model's memory, in one of the LAYOUTS.
 
-    Without classes, huggingface's names have no prefix "convnext.", like those of its base model.
-    Raises ValueError for an unknown layout or parameter, and for a network that torchvision lacks.
+    The other libraries' V1 has LayerScale, so a V1 without it is written with γ = 1, the same
+    function. Where the stem is not the usual one, build the other library's network with the same
+    stem. Hugging Face's last norm has another ε, 1e-12; give its configuration
+    layer_norm_eps=1e-6. A network without classes has its names without the prefix "convnext.".
+
+    Raises ValueError for an unknown layout or parameter, and for a network that the library lacks.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
-    state = unwrapped(model).state_dict()
+    model = unwrapped(model)
+    state = model.state_dict()
     if layout == "native":
         return state
-    names, shapes, exported = name_map(layout), SHAPES[layout], {}
-    v2 = "stages.0.0.mlp.grn.gamma" in state
-    if layout == "torchvision" and (v2 or "stages.0.0.layer_scale.gamma" not in state):
-        raise ValueError(f"torchvision has no ConvNeXt {'V2' if v2 else 'without LayerScale'}")
-    if layout == "timm" and len(state["stages.0.0.norm.weight"]) >= 96:
-        shapes = {}  # only atto, femto, pico and nano have 1x1 convolutions there
+    depths = tuple(len(stage) for stage in model.stages)
+    grn = "stages.0.0.mlp.grn.gamma" in state
+    if layout == "torchvision" and grn:
+        raise ValueError("torchvision has no ConvNeXt V2")
+    if layout == "timm" and len(depths) != 4:
+        raise ValueError(f"timm's ConvNeXt always has 4 stages, this one has {len(depths)}")
+    for name, tensor in list(state.items()):
+        if not grn and name.endswith(".dwconv.bias"):
+            state.setdefault(name.replace("dwconv.bias", "layer_scale.gamma"), tensor * 0 + 1)
+    shapes = SHAPES[layout]
+    variant = variant_of(depths, model.dims, grn) or ""
+    if layout == "timm" and variant.removeprefix("v2_") not in ("atto", "femto", "pico", "nano"):
+        shapes = {}  # only these have 1x1 convolutions there
+    exported = {}
     for native, tensor in state.items():
-        if native not in names:
+        name = renamed(native, "native", layout)
+        if name is None:
             raise ValueError(f"{native} has no name in the layout {layout!r}")
-        name = names[native]
         if layout == "huggingface" and "head.fc.weight" in state and "classifier" not in name:
-            name = ("convnextv2." if v2 else "convnext.") + name
-        for part, pattern in shapes.items():
-            tensor = rearrange(tensor, pattern) if part in native else tensor
+            name = ("convnextv2." if grn else "convnext.") + name
+        for part, axes in shapes.items():
+            if part in native:
+                tensor = rearrange(tensor, axes)
         exported[name] = tensor
     return exported
 
-def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
+def read_file(path: str | PathLike) -> tuple[Mapping, dict[str, str]]:
     """Read content and metadata of a .safetensors, .pt, .pth or .bin file, on the CPU.
 
-    Pickles are read with torch.load(weights_only=True), so no code inside a file ever runs. Raises
-    FileNotFoundError, or ValueError with the path and the reader's reason.
+    Only .safetensors files have metadata. Pickles are read with torch.load(weights_only=True), so
+    no code inside a file ever runs. Raises FileNotFoundError, or ValueError with the path and the
+    reader's reason.
     """
+    path = os.path.expanduser(path)
     try:
-        if str(path).endswith(".safetensors"):
+        if path.endswith(".safetensors"):
             with safe_open(path, "pt") as file:
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
                 return tensors, file.metadata() or {}
-        if zipfile.is_zipfile(path):  # torch.load ignores the checksums
+        if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                # torch.load reads nothing from a record with a folder's attribute (16).
-                odd = [info.filename for info in archive.infolist() if info.external_attr & 16]
-                if member := archive.testzip() or " ".join(odd):
-                    raise ValueError(f"it is damaged: the checksum of {member} differs")
+                records = [record for record in archive.infolist() if not record.is_dir()]
+                # torch.load ignores checksums. A file without them has 0 everywhere.
+                damaged = archive.testzip() if any(record.CRC for record in records) else None
+                # torch.load takes a record with a folder's attribute (16) for an empty one.
+                folders = [record.filename for record in records if record.external_attr & 16]
+            if damaged or folders:
+                raise ValueError(f"it is damaged in {damaged or folders[0]}")
         else:
             with open(path, "rb") as file:
-                if (start := file.read(24))[:1] not in (b"\x80", b"P"):  # a pickle, a cut archive
-                    raise ValueError(f"it is no checkpoint, since it begins with {start}")
+                start = file.read(24)
+            if start[:1] not in (b"\x80", b"P"):  # how a pickle and a cut archive begin
+                raise ValueError(f"it is no checkpoint, since it begins with {start}")
         # The authors' training program also stores its arguments, a Namespace: plain data.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about TorchScript and old pickles, before the error
@@ -723,105 +869,214 @@ def read_file(path: str | PathLike) -> tuple[Mapping, Mapping[str, str]]:
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged file makes the readers raise anything
-        # torch.load puts its reason into the middle of advice to load the file without safety.
-        reason = re.search(r"(.*)\n+Check the documentation", str(error)) or [0, str(error)]
-        line = reason[1].strip().partition("\n")[0].partition(". ")[0]
-        raise ValueError(f"cannot read {path}: {line or type(error).__name__}") from error
+        # torch.load's reason is the last line before advice to load the file without safety.
+        text, advice, _ = str(error).strip().partition("\n\nCheck the documentation")
+        lines = text.splitlines() or [type(error).__name__]
+        line = lines[-1] if advice else lines[0]
+        raise ValueError(f"cannot read {path}: {line.strip().partition('. ')[0]}") from error
 
 DOWNLOADS = ("timm:", "hf:", "https:")
+SAVED = "model.safetensors", "pytorch_model.bin"  # the weights that save_pretrained wrote
+SETTINGS = "config.json", "preprocessor_config.json"  # and what they are for
 
-def download(source: str) -> tuple[Mapping, dict[str, Any]]:
-    """Fetch timm:NAME, hf:REPO or an https address; return its content and timm's settings.
+def read_source(source: str | PathLike) -> tuple[Mapping, dict[str, str], dict[str, Any]]:
+    """Read the content, the metadata and the settings of a file, a folder or a download.
 
-    The settings are mean, std, img_size and crop_pct; {} unless the source is timm's. The libraries
-    keep what they fetched, and raise errors of their own.
+    source: a path, an https address, timm:NAME or hf:REPO. A folder is one that the method
+    save_pretrained wrote. The libraries keep what they fetched.
+
+    settings: what is known about the images and classes, some of mean and std (lists), img_size,
+    crop_pct (None where the whole image is squeezed, without a crop) and classes (names in the
+    order of the logits). Raises FileNotFoundError for a missing file, ValueError for one that
+    cannot be read, ConnectionError without a connection, and the clients' other errors.
     """
-    kind, _, name = source.partition(":")
-    if kind == "timm":
-        import timm
-
-        model = timm.create_model(name, pretrained=True)
-        config = model.pretrained_cfg
-        squashed = config["crop_mode"] == "squash"  # the whole image, without a crop
-        return model.state_dict(), {"mean": list(config["mean"]), "std": list(config["std"]),
-                                    "img_size": config["input_size"][-1],
-                                    "crop_pct": None if squashed else config["crop_pct"]}
-    if kind == "https":
-        file_name = name.partition("?")[0].rpartition("/")[2]  # two addresses can have the same
-        file_name = f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-{file_name}"
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", file_name)
-        if not os.path.exists(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.hub.download_url_to_file(source, path)
-        try:
-            return read_file(path)[0], {}
-        except ValueError:  # perhaps a page that says why: do not keep it
-            os.remove(path)
-            raise
-    from huggingface_hub import errors, hf_hub_download
-
+    path = os.path.expanduser(source)
+    kind, _, name = path.partition(":")
     try:
-        path = hf_hub_download(name, "model.safetensors")
-    except errors.EntryNotFoundError:  # there is none, or none is kept and there is no connection
-        path = hf_hub_download(name, "pytorch_model.bin")
-    return read_file(path)[0], {}
+        if kind == "timm":
+            return fetch_from_timm(name)
+        if kind == "hf":
+            path = fetch_from_hub(name)
+    except FileNotFoundError as error:  # what the client raises
+        raise ConnectionError(f"cannot fetch {source}: {error}") from error
+    if kind == "https":
+        return *fetch_address(path), {}
+    if kind == "http":
+        raise ValueError(f"{source}: give an address that begins with https:")
+    if os.path.isdir(path):
+        present = [name for name in SAVED if os.path.exists(os.path.join(path, name))]
+        if not present:
+            raise ValueError(f"{source} holds neither {' nor '.join(SAVED)}")
+        path = os.path.join(path, present[0])
+    settings = {}
+    if os.path.basename(path) in SAVED:
+        settings = read_settings(os.path.dirname(path))
+    return *read_file(path), settings
+
+def fetch_from_timm(name: str) -> tuple[Mapping, dict[str, str], dict[str, Any]]:
+    """Let timm fetch a pretrained network; return what read_source does."""
+    import timm
+
+    model = timm.create_model(name, pretrained=True)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm) and module.eps != 1e-6:
+            raise ValueError(f"{name} is another network: its norms have ε = {module.eps}")
+    return model.state_dict(), {}, timm_settings(model.pretrained_cfg)
+
+def fetch_from_hub(repository: str) -> str:
+    """Fetch weights and settings from a repository of Hugging Face; return the folder."""
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(repository, allow_patterns=[SAVED[0], *SETTINGS])
+    if not os.path.exists(os.path.join(folder, SAVED[0])):
+        folder = snapshot_download(repository, allow_patterns=[SAVED[1], *SETTINGS])
+    return folder
+
+def fetch_address(address: str) -> tuple[Mapping, dict[str, str]]:
+    """Read the file at an https address, and fetch it if that was not done before."""
+    digest = hashlib.sha256(address.encode()).hexdigest()[:8]  # since two can have the same name
+    file_name = f"{digest}-{address.partition('?')[0].rpartition('/')[2]}"
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", file_name)
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        torch.hub.download_url_to_file(address, path)
+    try:
+        return read_file(path)
+    except ValueError:  # perhaps a page that says why: do not keep it
+        os.remove(path)
+        raise
+
+def read_settings(folder: str) -> dict[str, Any]:
+    """Read what the SETTINGS files in a folder say, as far as they are there; see read_source."""
+    config, images = {}, {}
+    for name, content in zip(SETTINGS, (config, images), strict=True):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                content.update(json.load(file))
+    if "pretrained_cfg" in config:
+        return timm_settings(config | config["pretrained_cfg"])
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"{folder} has another network: its activation is {config['hidden_act']}")
+    labels = config.get("id2label") or {}
+    classes = [labels.get(str(i)) for i in range(len(labels))]
+    if None in classes or classes == [f"LABEL_{i}" for i in range(len(labels))]:
+        classes = []  # the latter are transformers' placeholders
+    size = images.get("size", config.get("image_size"))
+    if isinstance(size, dict):
+        size = size.get("shortest_edge", size.get("height"))
+    settings = {"mean": images.get("image_mean"), "std": images.get("image_std"), "img_size": size,
+                "classes": classes}
+    settings = {name: value for name, value in settings.items() if value}
+    if "crop_pct" in images and size:  # transformers does not crop to 384 pixels or more
+        settings["crop_pct"] = images["crop_pct"] if size < 384 else None
+    return settings
+
+def timm_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate timm's description of a pretrained network; see read_source."""
+    settings: dict[str, Any] = {name: list(config[name]) for name in ("mean", "std")}
+    settings["img_size"] = config["input_size"][-1]
+    settings["crop_pct"] = config["crop_pct"] if config.get("crop_mode") != "squash" else None
+    if config.get("label_names"):
+        settings["classes"] = list(config["label_names"])
+    return settings
 
 class Weights(NamedTuple):
     """A checkpoint with native names and shapes."""
 
     tensors: dict[str, Tensor]
     layout: str
-    settings: dict[str, Any]  # see download
+    settings: dict[str, Any]  # see read_source
+
+# Regular expressions for other spellings of the layouts' names, and what they become.
+SPELLINGS = {
+    r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.": "",
+    r"\b(stem|stages)_(\d+)\.": r"\1.\2.",  # timm's features_only
+}
+OPENMMLAB_AND_DINOV3 = {  # mmpretrain's names and those of DINOv3 in transformers, as Meta's
+    "depthwise_conv": "dwconv", "pointwise_conv": "pwconv",
+    r"(stages\.\d+)\.layers\.": r"\1.",
+    r"stages\.(\d+)\.downsample_layers\.": r"downsample_layers.\1.",
+    r"(\d)\.layer_norm\.": r"\1.norm.", r"\blayer_norm\.": "model.norm.",
+    r"\bbackbone\.norm3\.": "backbone.norm.", r"\bhead\.fc\.": "backbone.head.",
+}
+# Norms of the maps that a backbone returns, which a classifier has no place for.
+OUTPUT_NORMS = r"(hidden_states_norms\.\w+|norms\.\d|norm\d)\.(weight|bias)"
+
+def flattened(content: Mapping, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dicts, with their names joined by dots."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+def find_network(names: list[str]) -> tuple[str, str]:
+    """Return layout and prefix of the network whose parameters are among these names."""
+    networks = {}
+    for layout in LAYOUTS:
+        rows = [row for row in TABLE if row["native"].endswith("pwconv1")]
+        marker = pattern(rows[0][layout])  # differs in each layout
+        for name in names:
+            match = re.fullmatch(rf"(|.*\.){marker}\.weight", name)
+            if match:
+                networks[match[1]] = layout
+    if not networks:
+        raise ValueError(f"these are no weights of a ConvNeXt ({', '.join(names[:3])}, ...)")
+    averaged = [prefix for prefix in networks if re.search(r"(?<![a-z])ema(?![a-z])", prefix)]
+    prefixes = averaged or list(networks)
+    if len(prefixes) > 1:
+        raise ValueError(f"these are several networks, {', '.join(prefixes)}: pass one of them")
+    return networks[prefixes[0]], prefixes[0]
 
 def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
     """Read the weights of a ConvNeXt from a checkpoint in any layout. source: see load_weights.
 
     Training programs nest a state dict (`model`, `state_dict`, ...) and put prefixes before its
     names (`module.`, `backbone.`, ...). The prefix is whatever stands before the name of the first
-    pwconv1; entries without it are ignored. If there are several networks, the averaged one ("ema")
-    is chosen, like in timm. Raises ValueError for anything but a ConvNeXt, and what read_file and
-    download raise.
+    block's pwconv1. Tensors without the prefix are ignored; where there is none, all must fit. If
+    there are several networks, the averaged one ("ema") is chosen, like in timm. Raises ValueError
+    for anything but a ConvNeXt with finite weights, and what read_source raises.
     """
     if isinstance(source, Weights):
         return source
     content, settings = source, {}
-    if isinstance(source, str) and source.startswith(DOWNLOADS):
-        content, settings = download(source)
-    elif isinstance(source, str | PathLike):
-        content, _ = read_file(source)
+    if isinstance(source, str | PathLike):
+        content, _, settings = read_source(source)
     if not isinstance(content, Mapping):
         raise TypeError(f"weights are a state dict or a file, not a {type(content).__name__}")
-
-    def flatten(mapping: Mapping, path: str = "") -> Iterator[tuple[str, Any]]:
-        for name, value in mapping.items():
-            if isinstance(value, Mapping):
-                yield from flatten(value, f"{path}{name}.")
-            else:
-                yield f"{path}{name}", value
-
-    values, found = dict(flatten(content)), {}
-    for layout in LAYOUTS:
-        marker = name_map(layout)["stages.0.0.mlp.pwconv1.weight"]  # differs in each
-        found |= {name.removesuffix(marker): layout for name in values
-                  if f".{name}".endswith(f".{marker}")}
-    averaged = [prefix for prefix in found if re.search(r"(?<![a-z])ema(?![a-z])", prefix)]
-    if not found:
-        raise ValueError(f"these are no weights of a ConvNeXt ({', '.join([*values][:3])}, ...)")
-    if len(prefixes := averaged or [*found]) > 1:
-        raise ValueError(f"these are several networks, {', '.join(prefixes)}: pass one of them")
-    layout, prefix = found[prefixes[0]], prefixes[0]
+    if "state_dict" in content and "ema_state_dict" in content:
+        if "mmengine_version" not in content.get("meta", {}):
+            raise ValueError("the average may be state_dict (as MMEngine writes it) or "
+                             "ema_state_dict: pass one of them")
+        content = content["state_dict"]
+    values = dict(flattened(content))
+    spellings = dict(SPELLINGS)
+    if any("pointwise_conv" in name for name in values):
+        spellings |= OPENMMLAB_AND_DINOV3
+    for old, new in spellings.items():
+        values = {re.sub(old, new, name): value for name, value in values.items()}
+    layout, prefix = find_network(list(values))
     if layout == "huggingface":  # there the classifier's names are without the backbone's prefix
         prefix = re.sub(r"convnext(v2)?\.$", "", prefix)
-    native_names, tensors = {name: native for native, name in name_map(layout).items()}, {}
+    tensors = {}
     for name, tensor in values.items():
-        if name.startswith(prefix) and isinstance(tensor, Tensor) and tensor.is_floating_point():
-            name = re.sub(r"^convnext(v2)?\.", "", name.removeprefix(prefix))
-            native = native_names.get(name, name)
-            if native.endswith(("gamma", "beta")):
-                tensor = tensor.flatten()
-            elif "pwconv" in native and tensor.shape[2:] == (1, 1):
-                tensor = rearrange(tensor, "o i 1 1 -> o i")
-            tensors[native] = tensor
+        if not name.startswith(prefix) or not isinstance(tensor, Tensor):
+            continue
+        name = re.sub(r"^convnext(v2)?\.", "", name.removeprefix(prefix))
+        native = renamed(name, layout, "native")
+        if not tensor.is_floating_point():
+            if native is None:  # a counter
+                continue
+            raise ValueError(f"{name} has the type {tensor.dtype}, which weights cannot have")
+        if not tensor.is_meta and not tensor.isfinite().all():
+            raise ValueError(f"{name} contains numbers that are not finite")
+        native = native or name
+        if native.endswith(("gamma", "beta")):
+            tensor = tensor.flatten()
+        elif "pwconv" in native and tensor.shape[2:] == (1, 1):
+            tensor = rearrange(tensor, "o i 1 1 -> o i")
+        tensors[native] = tensor
     return Weights(tensors, layout, settings)
 
 class Report(NamedTuple):
@@ -829,143 +1084,165 @@ class Report(NamedTuple):
 
     loaded: list[str]
     kept: list[str]  # parameters of the model that kept their values
-    left_out: list[str]  # tensors of the source for which the model has no place
+    left_out: list[str]  # tensors of the source whose names the model does not have
 
 def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
                  strict: bool = False) -> Report:
     """Copy weights into the model, in place.
 
     source: a state dict, the path or the https address of a .safetensors, .pt, .pth or .bin file,
-    timm:NAME, hf:REPO, or what read_weights returned; in any of the LAYOUTS.
+    a folder of save_pretrained, timm:NAME, hf:REPO, or what read_weights returned; in any of the
+    LAYOUTS.
 
     The model keeps its classifier if the source has none or one for another number of classes, and
-    its stem if the source's has other patches or channels; strict=True forbids both. It keeps its
-    last norm if the source has no head at all. A warning says so. If anything else does not fit,
-    ValueError names it and the model stays unchanged. For further errors see read_weights.
+    its stem if the source's has other patches or channels. With strict=True, both are errors. The
+    model keeps its last norm if the source has no head at all. The norms of a backbone's maps are
+    left out. A warning names what was kept or left out. If anything else does not fit, ValueError
+    names it. After an error the model is unchanged. For further errors see read_weights.
     """
     model, tensors = unwrapped(model), read_weights(source).tensors
-    state, stem = model.state_dict(), "downsample_layers.0.0."
+    state = model.state_dict()
 
     def shape(place: Mapping[str, Tensor], name: str) -> str:
         return str(tuple(place[name].shape)) if name in place else "missing"
 
     misfits = [name for name in state | tensors if shape(state, name) != shape(tensors, name)]
-    # Parts that keep their own weights if those of the source do not fit.
-    optional = {"head.norm.": not any(name.startswith("head.") for name in tensors),
-                "head.fc.": not strict, stem: not strict and f"{stem}weight" in tensors}
-    kept = tuple(part for part, may in optional.items() if may and f"{part}weight" in misfits)
-    if wrong := [name for name in misfits if not name.startswith(kept)]:
-        details = [f"{name} is {shape(tensors, name)} in the weights, {shape(state, name)} in the "
-                   "model" for name in wrong[:3]]
+    may_keep = []  # parts of the model, by what their names begin with
+    if not any(name.startswith("head.") for name in tensors):
+        may_keep.append("head.norm.")
+    if not strict:
+        may_keep.append("head.fc.")
+    if not strict and "downsample_layers.0.0.weight" in tensors:
+        may_keep.append("downsample_layers.0.0.")
+    parts = tuple(part for part in may_keep if f"{part}weight" in misfits)
+    wrong = []
+    for name in misfits:
+        if not name.startswith(parts) and not re.fullmatch(OUTPUT_NORMS, name):
+            wrong.append(f"{name} is {shape(tensors, name)} in the weights, {shape(state, name)} in "
+                         "the model")
+    if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"these weights do not fit the model: {'; '.join(details)}{more}")
-    report = Report([name for name in state if not name.startswith(kept)],
-                    [name for name in state if name.startswith(kept)],
-                    [name for name in tensors if name not in state])
-    model.load_state_dict({name: tensors[name] for name in report.loaded}, strict=False)
-    for what, names in (("kept its own", report.kept), ("has no place for", report.left_out)):
-        if names:
-            warnings.warn(f"the model {what} {', '.join(names)}", stacklevel=2)
-    return report
+        raise ValueError(f"these weights do not fit the model: {'; '.join(wrong[:3])}{more}")
+    kept = [name for name in state if name.startswith(parts)]
+    loaded = [name for name in state if not name.startswith(parts)]
+    left_out = [name for name in tensors if name not in state]
+    for name in loaded:
+        if tensors[name].is_meta:
+            raise ValueError(f"{name} is on the meta device, where tensors have no values")
+    # Warn first: where warnings are errors, the model stays unchanged.
+    if kept:
+        warnings.warn(f"the model kept its own {', '.join(kept)}", stacklevel=2)
+    if left_out:
+        warnings.warn(f"the model has no place for {', '.join(left_out)}", stacklevel=2)
+    model.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
+    return Report(loaded, kept, left_out)
 
 def infer_architecture(weights: Weights) -> dict[str, Any]:
-    """Derive create_convnext's arguments from the tensors; ValueError if they are no variant's."""
+    """Derive ConvNeXt's arguments from the tensors; ValueError if they lack a stage or the stem."""
     tensors = weights.tensors
-    filters = [tensors.get(f"stages.{s}.0.dwconv.weight") for s in range(4)]
+    blocks = [name.split(".") for name in tensors if name.endswith(".dwconv.weight")]
+    stages = [block[1] for block in blocks]
+    depths = tuple(stages.count(str(s)) for s in range(len(set(stages))))
+    filters = [tensors.get(f"stages.{s}.0.dwconv.weight") for s in range(len(depths))]
     stem = tensors.get("downsample_layers.0.0.weight")
     if any(tensor is None or tensor.ndim != 4 for tensor in (stem, *filters)):
         raise ValueError("the stem or a stage is missing, or has no filters with four axes")
-    stages = [name.split(".")[1] for name in tensors if name.endswith(".dwconv.weight")]
-    network = (tuple(stages.count(s) for s in "0123"), tuple(map(len, filters)),
-               "stages.0.0.mlp.grn.gamma" in tensors)
-    variants = {(depths, dims, grn): name for name, (depths, dims, _, grn) in VARIANTS.items()}
-    if network not in variants:
-        raise ValueError("no variant has {} blocks of {} channels and GRN {}".format(*network))
-    return {"variant": variants[network], "in_channels": stem.shape[1],
-            "patch_size": stem.shape[2],
-            "num_classes": (*tensors.get("head.fc.weight", torch.empty(0)).shape, 0)[0],
+    classifier = tensors.get("head.fc.weight")
+    has_classes = classifier is not None and classifier.ndim == 2
+    return {"depths": depths, "dims": tuple(len(tensor) for tensor in filters),
+            "grn": "stages.0.0.mlp.grn.gamma" in tensors,
+            "in_channels": stem.shape[1], "patch_size": stem.shape[2],
+            "num_classes": len(classifier) if has_classes else 0,
             "layer_scale": 1e-6 if "stages.0.0.layer_scale.gamma" in tensors else 0.0}
 
 def from_checkpoint(source: Weights | Mapping | str | PathLike) -> ConvNeXt:
     """Build the network that a checkpoint holds, with its weights, in evaluation mode.
 
-    source: see load_weights. Variant, number of classes (none for a backbone), channels and patch
-    size follow from the tensors. Raises ValueError for whatever does not fit.
+    source: see load_weights. The number and size of the stages, of classes (none for a backbone),
+    channels and patches follow from the tensors. Raises ValueError for whatever does not fit.
     """
     weights = read_weights(source)
     with torch.device("meta"):  # draws no random numbers that would be overwritten at once
-        model = create_convnext(**infer_architecture(weights))
+        model = ConvNeXt(**infer_architecture(weights))
     model.to_empty(device="cpu")
     model.head.norm.reset_parameters()  # a backbone has no last norm to load
     load_weights(model, weights, strict=True)
     return model.eval()
 
 
-# --- Part 4. Faster on a CPU, with the same results. Nothing new about ConvNeXt follows -----------
+# --- Part 4. Faster, with the same results. Nothing new about ConvNeXt follows --------------------
+
+@torch.no_grad()
+def fold_layer_scale(model: nn.Module) -> nn.Module:
+    """Multiply each Block's LayerScale into the linear layer before it, in place; return the model.
+
+        γ ⊙ (W·x + b) = (γ ⊙ W)·x + γ ⊙ b
+
+    The logits stay the same up to rounding, and inference is faster on any device. Training would
+    go on differently without γ.
+    """
+    for block in model.modules():
+        if isinstance(block, Block) and isinstance(block.layer_scale, LayerScale):
+            gamma, linear = block.layer_scale.gamma, block.mlp.pwconv2
+            linear.weight *= rearrange(gamma, "c -> c 1")
+            linear.bias *= gamma
+            block.layer_scale = nn.Identity()
+    return model
 
 def speed_up(model: nn.Module) -> nn.Module:
     """Make training on a CPU faster, in place, and return the model.
 
-    The layers keep their parameters, names and hooks, and compute the same up to rounding. Where a
-    layer was changed by hand (its stride, padding, forward, ...), and on a GPU, in an export and
-    without gradients, PyTorch's own convolution runs.
+    Each DepthwiseConv becomes a FastDepthwiseConv. Only its class is exchanged, so parameters,
+    names and hooks stay, and it computes the same up to rounding. PyTorch's own convolution still
+    runs on a GPU, without gradients, in an export, and in a layer whose settings or methods you
+    changed. Forward-mode derivatives (torch.func.jvp) need the model as it was before.
     """
-    fast = {DepthwiseConv: FastDepthwiseConv, Patchify: FastPatchify}
     for module in model.modules():
-        if type(module) in fast:
-            module.__class__ = fast[type(module)]
+        if type(module) is DepthwiseConv:
+            module.__class__ = FastDepthwiseConv
     return model
 
-# The number types for which this was measured to be faster, by the CPU's vector instructions.
+# The number types for which this was measured to be faster; it depends on the vector instructions.
 CPU = torch.backends.cpu.get_cpu_capability() if torch.backends.mkldnn.is_available() else ""
 FAST_DTYPES = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}.get(CPU, ())
-
-def can_be_faster(layer: nn.Conv2d, x: Tensor, *settings: Any) -> bool:
-    """Return whether the layer has these settings, and gradients are recorded on a CPU."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
-        return False
-    autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    edited = type(layer).__base__.forward is not nn.Conv2d.forward  # by a user
-    return (x.device.type == "cpu" and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0
-            and not edited and layer.bias is not None and layer.padding_mode == "zeros"
-            and settings == (layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                             layer.dilation, layer.groups))
-
-class FastPatchify(Patchify):
-    """Patchify as a linear layer on patches, whose gradients are matrix products."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        p = self.kernel_size[0]
-        if (not can_be_faster(self, x, self.out_channels, (p, p), (p, p), (0, 0), (1, 1), 1)
-                or min(x.shape[2:]) < p):  # too small: the convolution raises an error
-            return super().forward(x)
-        h, w = x.shape[2:]
-        x = x[:, :, : h - h % p, : w - w % p]
-        x = rearrange(x, "b c (h p) (w q) -> b h w (p q c)", p=p, q=p)
-        x = F.linear(x, rearrange(self.weight, "dim c p q -> dim (p q c)"), self.bias)
-        return rearrange(x, "b h w dim -> b dim h w")
 
 class FastDepthwiseConv(DepthwiseConv):
     """DepthwiseConv with the backward pass of DepthwiseGradient."""
 
     def forward(self, x: Tensor) -> Tensor:
-        k, r, dim = self.kernel_size[0], self.kernel_size[0] // 2, self.in_channels
-        if not can_be_faster(self, x, dim, (k, k), (1, 1), (r, r), (1, 1), dim) or k % 2 == 0:
+        autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+        if not self.is_unchanged() or not self.can_be_faster(x, dtype):
             return super().forward(x)
-        if torch.is_autocast_enabled("cpu"):  # which does not convert inputs of our own functions
-            x = x.to(torch.get_autocast_dtype("cpu"))
-        gradient = DepthwiseGradient if torch.compiler.is_compiling() else DepthwiseTangent
-        return gradient.apply(x, self.weight, self.bias)
+        if autocast:  # which does not convert the inputs of our own functions
+            x = x.to(dtype)
+        return DepthwiseGradient.apply(x, self.weight, self.bias)
+
+    def is_unchanged(self) -> bool:
+        """Return whether settings and methods are those of DepthwiseConv."""
+        k = self.kernel_size[0]
+        convolution = getattr(self._conv_forward, "__func__", None)
+        return (DepthwiseConv.forward is nn.Conv2d.forward
+                and convolution is nn.Conv2d._conv_forward
+                and self.kernel_size == (k, k) and self.padding == (k // 2, k // 2)
+                and self.stride == self.dilation == (1, 1) and self.padding_mode == "zeros"
+                and self.groups == self.in_channels == self.out_channels and self.bias is not None)
+
+    @staticmethod
+    def can_be_faster(x: Tensor, dtype: torch.dtype) -> bool:
+        """Return whether gradients of this type are recorded on a CPU."""
+        if torch.jit.is_tracing() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
+            return False
+        return x.device.type == "cpu" and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0
 
 class DepthwiseGradient(torch.autograd.Function):
     """The depthwise convolution; its derivatives are depthwise convolutions again.
 
-        ∂L/∂x[c, i, j] = Σ_{u,v} W[c, u, v] · g[c, i - u + 3, j - v + 3],     g = ∂L/∂y
-        ∂L/∂W[c, u, v] = Σ_b Σ_{i,j} g[b, c, i, j] · x[b, c, i + u - 3, j + v - 3]
+        ∂L/∂x[c, i, j] = Σ_{u,v} W[c, u, v] · g[c, i - u + r, j - v + r],     g = ∂L/∂y, r = k // 2
+        ∂L/∂W[c, u, v] = Σ_b Σ_{i,j} g[b, c, i, j] · x[b, c, i + u - r, j + v - r]
 
     The first convolves g with W turned by 180 degrees. In the second, g is the filter: as large as
-    the map, it moves over x to only 7x7 places. Each channel of each sample has a filter of its
+    the map, it moves over x to only kxk places. Each channel of each sample has a filter of its
     own, so all of them lie side by side as b·c channels of one image; the sum over b comes last.
     PyTorch's kernel for such a convolution is several times faster than its kernel for this
     gradient (README.md has figures). x: (b, c, h, w), W: (c, 1, k, k), bias: (c,).
@@ -974,18 +1251,19 @@ class DepthwiseGradient(torch.autograd.Function):
     generate_vmap_rule = True  # for torch.func
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
-        ctx.save_for_forward(*inputs[:2])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        (x, weight), grad_x, grad_weight = ctx.saved_tensors, None, None
-        radius, (c, h, w) = weight.shape[-1] // 2, x.shape[1:]
+        x, weight = ctx.saved_tensors
+        c, h, w = x.shape[1:]
+        radius = weight.shape[-1] // 2
+        grad_x, grad_weight = None, None
         if ctx.needs_input_grad[0]:
             grad_x = F.conv2d(g, weight.to(g.dtype).flip(2, 3), padding=radius, groups=c)
         if ctx.needs_input_grad[1]:
@@ -1002,32 +1280,6 @@ class DepthwiseGradient(torch.autograd.Function):
             top, left = (radius - r for r in reach)
             grad_weight = F.pad(grad_weight, (left, left, top, top))
         return grad_x, grad_weight, reduce(g, "b c h w -> c", "sum")
-
-class DepthwiseTangent(DepthwiseGradient):
-    """The same, with forward-mode derivatives for torch.func.jvp, which torch.compile refuses."""
-
-    @staticmethod
-    def jvp(ctx: Any, x_t: Tensor, weight_t: Tensor, bias_t: Tensor) -> Tensor:
-        x, weight = ctx.saved_tensors
-        product_rule = DepthwiseGradient.forward(x_t, weight, bias_t)
-        return product_rule + DepthwiseGradient.forward(x, weight_t, None)
-
-@torch.no_grad()
-def fold_layer_scale(model: nn.Module) -> nn.Module:
-    """Multiply each Block's LayerScale into the linear layer before it, in place; return the model.
-
-        γ ⊙ (W·x + b) = (γ ⊙ W)·x + γ ⊙ b
-
-    The logits stay the same up to rounding, and inference is faster. Training would go on
-    differently without γ.
-    """
-    for block in model.modules():
-        if isinstance(block, Block) and isinstance(block.layer_scale, LayerScale):
-            gamma, linear = block.layer_scale.gamma, block.mlp.pwconv2
-            linear.weight *= rearrange(gamma, "c -> c 1")
-            linear.bias *= gamma
-            block.layer_scale = nn.Identity()
-    return model
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="List the variants, or the steps of the road.")

@@ -104,7 +104,7 @@ class Recipe:
         None, "with --depths: channels in each stage, such as 96 192 384", "[1, inf)")
     road: str | None = setting(
         None, "instead of a variant, the network after a step from ResNet-50 to ConvNeXt, or the "
-        "last one with attention", (*(step.name for step in convnext.ROADMAP), "window attention"))
+        "last one with attention", tuple(convnext.DESIGNS))
     width: int = setting(0, "with --road: channels in its first stage; 0: the paper's 64 or 96",
                          "[0, inf)")
     # The paper has patches of 4x4, LayerScale 1e-6 and its own initialisation. At 32x32 these learn
@@ -739,16 +739,15 @@ def open_weights(source: str, resume: bool = False) -> Source:
     """Read a file or a download of any layout. Raises UserError unless it holds a ConvNeXt or, to
     resume, a network of the road. Notes are trusted only in files with this program's mark."""
     with naming(source):
-        if source.startswith(convnext.DOWNLOADS):
-            (content, images), metadata = convnext.download(source), {}
-        else:
-            (content, metadata), images = convnext.read_file(source), {}
+        content, metadata, images = convnext.read_source(source)
         if content.get("made_by") == MADE_BY and content["args"].get("road"):
             if not resume:
                 raise ValueError("it holds a network of the road, which --resume alone can take")
             return Source(source, None, {}, {k: content[k] for k in ("mean", "std")}, content)
         weights = convnext.read_weights(content)
         network = convnext.infer_architecture(weights)
+        variant = convnext.variant_of(network["depths"], network["dims"], network["grn"])
+        network |= {"variant": variant} if variant else {}
         if network["in_channels"] != 3:
             raise ValueError(f"its images have {network['in_channels']} channels, not 3")
         notes = content if content.get("made_by") == MADE_BY else {}
@@ -845,9 +844,10 @@ class Run:
         network = {"num_classes": len(self.data.classes), "patch_size": recipe.patch_size,
                    "layer_scale": recipe.layer_scale}
         if recipe.road:
+            design = convnext.DESIGNS[recipe.road]
             with naming(f"--road {recipe.road} --width {recipe.width}"):
                 self.model: nn.Module = convnext.roadmap_network(
-                    convnext.named_design(recipe.road, recipe.width), **network)
+                    design._replace(width=recipe.width or design.width), **network)
         else:
             create = convnext.create_convnext
             shape: tuple = (recipe.variant,)
