@@ -1,21 +1,27 @@
-"""Train ConvNeXt on CIFAR-10, on a folder of images, or on shapes drawn on the spot.
+"""Train ConvNeXt on CIFAR-10, on your own pictures, or on shapes drawn on the spot.
 
-    python train.py --variant tiny --epochs 100       # the full recipe; downloads CIFAR-10
-    python train.py --recipe fast                     # a small network, for two CPU cores
+    python train.py --variant tiny --epochs 100           # the default recipe; downloads CIFAR-10
+    python train.py --recipe fast                         # a small network, for two CPU cores
     python train.py --dataset folder --data-dir DIR --img-size 224 --patch-size 4
     python train.py --init-from timm:convnext_tiny.fb_in22k --recipe finetune --dataset folder ...
-    python train.py --teacher runs/NAME/weights.safetensors --variant atto ...    # distillation
-    python train.py --resume runs/NAME/last.pt        # continue a run that was stopped
-    python train.py --eval-only CHECKPOINT            # only measure the accuracy
+    python train.py --resume runs/NAME/last.pt            # continue a run that was stopped
+    python train.py --eval-only WEIGHTS                   # measure the accuracy
+    python train.py --eval-only WEIGHTS --predict PICTURE # say what is in a picture
 
-The default recipe is the paper's for ImageNet (table 5), adapted to a hundred epochs of 32x32
-images; README.md has the differences, and the measurements behind them. Sections 1 to 4 are the
-training method. The others serve it: RandAugment's operations (5), data (6), weights (7), the run
-(8) and the command line (9).
+"The paper" is "A ConvNet for the 2020s" (Liu et al., 2022, https://arxiv.org/abs/2201.03545). The
+default recipe is the one of its table 5, adapted to a hundred epochs of 32x32 images;
+assets/results.md lists the differences, and the measurements behind them.
+
+This file can be read in the order in which it runs. A function stands above those that it calls:
+the settings (1), the run (2), one step (3), evaluation (4), the optimizers (5), the network (6),
+augmentation (7), data (8), checkpoints (9), prediction (10) and the command line (11).
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import hashlib
 import io
@@ -25,13 +31,18 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
+import traceback
+import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -42,904 +53,1531 @@ import torchvision.transforms.v2.functional as TF
 from einops import rearrange, reduce
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).parent))  # Python's option -P leaves this folder out
 import convnext
 
 
-# --- 1. Recipe ----------------------------------------------------------------------------------
-def setting(default: Any, help_: str, allowed: str | tuple = "", **more: Any) -> Any:
-    """A field of Recipe. `allowed`: the words or the interval to choose from; [0, 1) excludes 1.
-    `group` begins a group of flags in --help."""
-    return field(default=default, metadata={"help": help_, "allowed": allowed, **more})
+# --- 1. Settings --------------------------------------------------------------------------------
+def setting(default: Any, help_: str, allowed: str | tuple = "", *, group: str = "",
+            short: str = "") -> Any:
+    """A field of Recipe. allowed: a tuple of words, or an interval of numbers: [0, 1) excludes 1.
+    group: begins a group of flags in --help. short: a second name of the flag."""
+    about = {"help": help_, "allowed": allowed, "group": group, "short": short}
+    return field(default=default, metadata=about)
 
-@dataclass
+def usable_cpus() -> int:
+    """The CPUs that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+WORKERS = min(8, usable_cpus())
+
+@dataclass(frozen=True)
 class Recipe:
     """Every setting with its default. Each is a flag: batch_size is --batch-size.
-
-    `complete`, in section 9, checks the values and fills in the defaults that depend on others.
-    """
-    recipe: str = setting("scratch", "different defaults; finetune: for --init-from; fast: for a "
-                          "small network on two CPU cores",
-                          ("scratch", "finetune", "fast"), group="what to do")
+    Raises UserError for a value that is not allowed."""
+    recipe: str = setting("scratch", "which defaults to use: finetune is for --init-from, fast for "
+                          "two CPU cores", ("scratch", "finetune", "fast"), group="what to do")
     resume: str | None = setting(None, "continue the run of this last.pt")
-    eval_only: str | None = setting(None, "only measure the accuracy of these weights, from a run "
-                                    "or as for --init-from")
+    eval_only: str | None = setting(None, "do not train; measure the accuracy of these weights")
+    predict: str | None = setting(None, "with --eval-only: a picture, or a folder of pictures")
+    output: str | None = setting(None, "folder of the run, or with --predict a .csv file. "
+                                 "Default: runs/<time>-<network>")
     dataset: str = setting("cifar10", "images to train on", (
         "cifar10", "cifar100", "food101", "imagenet", "folder", "synthetic"), group="data")
-    data_dir: str = setting("data", "folder of the data set; with --dataset folder, the one that "
-                            "holds train/ and test/ (or val/), each with a folder per class")
-    img_size: int = setting(32, "side in pixels; with --init-from: that of its network", "[1, inf)")
-    crop_pct: float | None = setting(None, "part of the shorter side that is evaluated, above 64 "
-                                     "pixels. Default: 0.875; from 384 pixels, the whole image, "
-                                     "squeezed into a square", "(0, 1]")
-    val_size: int = setting(0, "training images to hold out; they choose best.pt", "[0, inf)")
+    data_dir: str = setting("data", "folder of the data set; --dataset folder: with train/ and "
+                            "test/ or val/, each with a folder per class, or with the classes")
+    img_size: int = setting(32, "image size in pixels; with --init-from, the weights' own",
+                            "[1, inf)")
+    crop_pct: float | None = setting(None, "share of a large image that evaluation sees. Default: "
+                                     "0.875; from 384 pixels on, all of it, squeezed", "(0, 1]")
+    val_size: float = setting(0, "training images to hold out, as a number or, below 1, a share. "
+                              "best.pt is the epoch that is best on them", "[0, inf)")
     skip_bad: bool = setting(False, "leave out images that cannot be read")
-    workers: int = setting(min(8, os.cpu_count() or 1), "processes that read images", "[0, inf)",
+    workers: int = setting(WORKERS, "processes that read and augment images", "[0, 256]",
                            short="-j")
-    crop_padding: int = setting(4, "largest random shift in pixels, of images up to 64x64; 0: none",
-                                "[0, inf)", group="augmentation")
-    crop_scale: float = setting(0.08, "smallest area of a random crop of images above 64x64; "
-                                "1: no crop", "(0, 1]")
+    crop_padding: int = setting(4, "largest shift in pixels, up to 64x64", "[0, inf)",
+                                group="augmentation")
+    crop_scale: float = setting(0.08, "smallest area of a random crop, above 64x64. 1: no random "
+                                "crop", "(0, 1]")
     flip: float = setting(0.5, "probability of a mirror image", "[0, 1]")
-    rand_augment: float = setting(9.0, "strength of RandAugment; 0: none", "[0, 10]")
+    rand_augment: float = setting(9, "strength of RandAugment; 0: none", "[0, 10]")
     random_erase: float = setting(0.25, "probability of an erased rectangle", "[0, 1]")
-    mixup: float = setting(0.8, "alpha of MixUp; 0: none", "[0, inf)")
-    cutmix: float = setting(1.0, "alpha of CutMix; 0: none", "[0, inf)")
-    mix_prob: float = setting(1.0, "probability that a batch is mixed", "[0, 1]")
-    mix_off_epochs: int | None = setting(None, "last epochs without MixUp and CutMix. Default: a "
-                                        "tenth of the run", "[0, inf)")
-    start_size: int = setting(0, "shrink the images to this side in the first epochs; 0: never",
-                              "[0, inf)")
+    mixup: float = setting(0.8, "alpha of MixUp; 0: none", "[0, 1000]")
+    cutmix: float = setting(1, "alpha of CutMix; 0: none", "[0, 1000]")
+    mix_prob: float = setting(1, "probability that a batch is mixed", "[0, 1]")
+    mix_off_epochs: int | None = setting(
+        None, "the last N epochs are not mixed. Default: a tenth of them", "[0, inf)")
+    start_size: int = setting(0, "shrink images to this size at first; 0: never", "[0, inf)")
     start_share: float = setting(0.5, "share of the epochs at --start-size", "[0, 1]")
-    variant: str = setting(
-        "tiny", "size of the network", tuple(convnext.VARIANTS), short="--model", group="network")
-    depths: list[int] | None = setting(
-        None, "instead of a variant: blocks in each stage, such as 2 4 2", "[1, inf)")
-    dims: list[int] | None = setting(
-        None, "with --depths: channels in each stage, such as 96 192 384", "[1, inf)")
-    road: str | None = setting(
-        None, "instead of a variant, the network after a step from ResNet-50 to ConvNeXt, or the "
-        "last one with attention", tuple(convnext.DESIGNS))
-    width: int = setting(0, "with --road: channels in its first stage; 0: the paper's 64 or 96",
-                         "[0, inf)")
-    # The paper has patches of 4x4, LayerScale 1e-6 and its own initialisation. At 32x32 these learn
-    # faster; README.md has the tables.
+    variant: str = setting("tiny", "network by name", tuple(convnext.VARIANTS), short="--model",
+                           group="network")
+    depths: list[int] | None = setting(None, "network by size: blocks in each stage", "[1, inf)")
+    dims: list[int] | None = setting(None, "with --depths: channels in each stage", "[1, inf)")
+    grn: bool = setting(False, "with --depths: the block of ConvNeXt V2")
+    road: str | None = setting(None, "network by the step from ResNet-50 to ConvNeXt that it "
+                               "follows, or one with attention", tuple(convnext.DESIGNS))
+    width: int = setting(0, "with --road: channels in stage 1; 0: as in the paper", "[0, inf)")
+    # The paper has patches of 4x4 pixels, LayerScale 1e-6 and initial weights of standard
+    # deviation 0.02. On 32x32 images the values below learn faster; assets/results.md has figures.
     patch_size: int = setting(2, "side of the stem's patches", (1, 2, 4))
-    layer_scale: float = setting(0.0, "initial value of LayerScale; 0: none", "[0, inf)")
-    drop_path: float = setting(0.1, "stochastic depth: probability to drop the last block",
-                               "[0, 1)")
-    init: str = setting("fan-in", "initial weights: of standard deviation 1 / sqrt(fan-in), or "
-                        "0.02 like in the paper", ("paper", "fan-in"))
-    head_init_scale: float = setting(1.0, "factor on the classifier's initial weights", "[0, inf)")
-    init_from: str | None = setting(None, "begin with these weights, in any layout: a file, an "
-                                    "https address, timm:NAME or hf:REPO", group="other networks")
+    layer_scale: float = setting(0, "initial value of LayerScale; 0: none", "[0, inf)")
+    drop_path: float = setting(0.1, "stochastic depth: drop rate of the last block", "[0, 1)")
+    init: str = setting("fan-in", "standard deviation of initial weights: 1 / sqrt(fan-in), or the "
+                        "paper's 0.02", ("fan-in", "paper"))
+    head_init_scale: float = setting(1, "factor on the classifier's initial weights", "[0, inf)")
+    init_from: str | None = setting(None, "begin with these weights: a file, a folder, an https "
+                                    "address, timm:NAME or hf:REPO", group="other networks")
     freeze_backbone: bool = setting(False, "train the classifier alone")
-    teacher: str | None = setting(None, "learn from this network's outputs, too (distillation)")
+    teacher: str | None = setting(None, "distillation: learn from these weights' outputs, too")
     distill_alpha: float = setting(0.5, "the teacher's share of the loss", "[0, 1]")
-    distill_temperature: float = setting(2.0, "divisor of both networks' logits", "(0, inf)")
-    epochs: int = setting(100, "passes over the images", "[1, inf)", group="optimisation")
-    batch_size: int = setting(128, "images per step", "[1, inf)", short="-b")
-    accumulate: int = setting(1, "split each step into this many parts, to need less memory",
-                              "[1, inf)")
-    optimizer: str = setting("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest; "
-                             "sgd: with a momentum of 0.9", ("adamw", "muon", "sgd"))
-    lr: float = setting(1e-3, "highest learning rate", "(0, inf)")
-    muon_lr: float = setting(0.02, "highest learning rate of Muon", "(0, inf)")
-    min_lr: float = setting(1e-6, "learning rate at the end; Muon's falls in proportion",
-                            "[0, inf)")
-    schedule: str = setting("cosine", "how the learning rate falls", ("cosine", "linear"))
-    warmup_epochs: float | None = setting(None, "epochs in which the learning rate rises. "
-                                           "Default: a twentieth of the run", "[0, inf)")
-    layer_decay: float = setting(1.0, "factor on the learning rate from a layer to the one before",
+    distill_temperature: float = setting(2, "divisor of both networks' logits", "(0, inf)")
+    epochs: int = setting(100, "passes over the images", "[1, 1000000]", group="optimization")
+    batch_size: int = setting(128, "images per step", "[1, 1000000]", short="-b")
+    accumulate: int = setting(1, "compute each step in N parts, to need less memory", "[1, inf)")
+    optimizer: str = setting("adamw", "muon: Muon for matrices and filters, AdamW for the rest; "
+                             "sgd: with momentum 0.9", ("adamw", "muon", "sgd"))
+    lr: float = setting(1e-3, "peak learning rate", "(0, inf)")
+    muon_lr: float = setting(0.02, "peak learning rate of Muon", "(0, inf)")
+    min_lr: float = setting(1e-6, "final learning rate; Muon's falls in proportion", "[0, inf)")
+    schedule: str = setting("cosine", "decay of the learning rate", ("cosine", "linear"))
+    warmup_epochs: float | None = setting(
+        None, "epochs in which the learning rate rises. Default: a twentieth", "[0, inf)")
+    layer_decay: float = setting(1, "factor on the learning rate for each layer below the head",
                                  "(0, 1]")
     beta2: float = setting(0.999, "AdamW's decay rate of squared gradients", "[0, 1)")
-    weight_decay: float = setting(0.05, "weight decay of matrices and filters",
-                                  "[0, inf)", short="--wd")
+    weight_decay: float = setting(0.05, "decay of matrices and filters", "[0, inf)", short="--wd")
     label_smoothing: float = setting(0.1, "share of a label spread over all classes", "[0, 1)")
-    clip_grad: float = setting(0.0, "largest norm of the gradient; 0: no limit", "[0, inf)")
-    ema_horizon: float = setting(0.04, "share of the run that the weights are averaged over; "
-                                 "0: no average", "[0, 1)")
-    amp: str = setting("auto", "number type of matrix products; auto: bf16 if the hardware has it",
+    clip_grad: float = setting(0, "largest norm of the gradient; 0: no limit", "[0, inf)")
+    ema_horizon: float = setting(0.04, "average the weights over this share of the run; 0: none",
+                                 "[0, 1)")
+    amp: str = setting("auto", "mixed precision; auto: bf16 where the hardware has it",
                        ("auto", "bf16", "fp16", "off"), group="run")
     compile: bool = setting(False, "use torch.compile")
     device: str = setting("auto", "cuda, mps or cpu")
     seed: int = setting(0, "seed of all random numbers", "[0, 4294967295]")
     eval_every: int = setting(1, "epochs from one evaluation to the next", "[1, inf)")
-    tta: bool = setting(False, "finally, also report the mean over an image and its mirror image")
-    output: str | None = setting(None, "folder of the run. Default: runs/<time>-<variant>")
+    tta: bool = setting(False, "also report the mean over each image and its mirror image")
 
     def __post_init__(self) -> None:
-        complete(self)
+        check(self)
+        for name, kind in TYPES.items():
+            if kind is float and getattr(self, name) is not None:  # 1 -> 1.0
+                object.__setattr__(self, name, float(getattr(self, name)))
 
-# For a small network on two CPU cores; README.md shows what each of these gains.
+    @property
+    def warmup(self) -> float:  # in epochs
+        return self.epochs / 20 if self.warmup_epochs is None else self.warmup_epochs
+
+    @property
+    def mixed_epochs(self) -> int:
+        off = self.epochs // 10 if self.mix_off_epochs is None else self.mix_off_epochs
+        return self.epochs - off
+
+    @property
+    def stride(self) -> int:
+        """The network's total stride: images must be at least this large."""
+        stages = len(self.depths) if self.depths and not self.road else 4
+        return self.patch_size * 2 ** (stages - 1)
+
+    def size_at(self, epoch: int) -> int:
+        """The image size in pixels in this epoch, counted from 0."""
+        small = self.start_size and epoch < self.epochs * self.start_share
+        return self.start_size if small else self.img_size
+
+# For a small network on two CPU cores; assets/results.md shows what each of these gains.
 FAST = {
-    "variant": "atto", "patch_size": 1, "drop_path": 0.0, "optimizer": "muon", "lr": 3e-3,
-    "muon_lr": 0.02, "beta2": 0.95, "min_lr": 0.0, "weight_decay": 0.02, "schedule": "linear",
-    "batch_size": 256, "epochs": 40, "rand_augment": 5.0, "mix_prob": 0.0, "ema_horizon": 0.0,
-    "start_size": 24, "tta": True}
+    "variant": "atto", "patch_size": 1, "drop_path": 0.0,
+    "optimizer": "muon", "lr": 3e-3, "muon_lr": 0.02, "beta2": 0.95, "weight_decay": 0.02,
+    "schedule": "linear", "min_lr": 0.0, "batch_size": 256, "epochs": 40, "ema_horizon": 0.0,
+    "rand_augment": 5.0, "mix_prob": 0.0, "start_size": 24, "tta": True}
 
 def finetune(variant: str, batch_size: int) -> dict[str, Any]:
-    """From ImageNet-22K to ImageNet-1K (the paper's table 6); V2 gets the values of V1."""
-    size, scale = variant.removeprefix("v2_"), batch_size / 512
-    rates = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.4}  # huge: a guess
+    """The settings of the paper's fine-tuning from ImageNet-22K to ImageNet-1K (table 6). V2 gets
+    those of V1. `fit_to_data` changes some of them for small data sets."""
+    size = variant.removeprefix("v2_")
+    scale = batch_size / 512  # the paper's batch size
+    drop_path = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.4}  # huge: ours
     return {
         "epochs": 30, "lr": 5e-5 * scale, "min_lr": 1e-6 * scale, "warmup_epochs": 0.0,
         "weight_decay": 1e-8, "layer_decay": 0.8, "rand_augment": 9.0, "mixup": 0.0, "cutmix": 0.0,
         "random_erase": 0.25, "label_smoothing": 0.1, "clip_grad": 0.0, "head_init_scale": 0.001,
-        "drop_path": rates.get(size, 0.0),
-        # The paper: decay 0.9999, for XLarge only. Of its 75,000 steps 10,000 are 13 %.
+        "drop_path": drop_path.get(size, 0.0),
+        # The paper averages with decay 0.9999, over some 1 / (1 - 0.9999) = 10,000 steps, for
+        # XLarge only. It takes 75,000 steps, so this is a share of 0.13.
         "ema_horizon": 0.13 if size == "xlarge" else 0.0}
 
-# --- 2. Augmentation ----------------------------------------------------------------------------
-# Whole batches on the training device, with random numbers for each image (torchvision's transforms
-# draw once per batch). The CPU draws these numbers, and so need not wait for a GPU.
 
-def crop_and_flip(x: Tensor, padding: int, flip: float) -> Tensor:
-    """Shift each image by up to `padding` pixels, reflecting its edge, and mirror some of them.
-    Computes which pixel goes where, and gathers once. Bytes (b, c, h, w) -> bytes (b, c, h, w)."""
-    b, c, h, w = x.shape
-    def source(size: int) -> Tensor:  # (b, size): the row or column that each pixel comes from
-        index = torch.randint(-padding, padding + 1, (b, 1)) + torch.arange(size)
-        index = index.abs()  # reflected at 0: -1 becomes 1
-        return size - 1 - (size - 1 - index).abs()  # and at size - 1: size becomes size - 2
-    rows, columns = source(h), source(w)
-    columns = torch.where(torch.rand(b, 1) < flip, columns.flip(1), columns)
-    places = (rearrange(torch.arange(b), "b -> b 1 1 1"), rearrange(torch.arange(c), "c -> c 1 1"),
-              rearrange(rows, "b h -> b 1 h 1"), rearrange(columns, "b w -> b 1 1 w"))
-    return x[tuple(place.to(x.device, non_blocking=True) for place in places)]
+# --- 2. The run ---------------------------------------------------------------------------------
+def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
+    """Do what the command line says, and return the exit code.
+    splits: training and test images to use in place of --dataset. Raises UserError."""
+    typed = parse(argv)
+    with contextlib.ExitStack() as locks:
+        if "resume" in typed:  # nobody else may write to the run while it is read
+            locks.enter_context(lock(Path(typed["resume"]).parent))
+        origin = typed.get("resume") or typed.get("eval_only") or typed.get("init_from")
+        source = open_source(origin) if origin else None
+        recipe = combine(typed, source)
+        if recipe.predict and source:
+            print_predictions(source, recipe)
+            return 0
+        if recipe.eval_only and source:
+            report_source(source, recipe, splits)
+            return 0
+        if not recipe.resume:
+            recipe = replace(recipe, output=new_folder(recipe))
+            locks.enter_context(lock(Path(recipe.output)))
+            refuse_a_second_run(Path(recipe.output))
+        keep_memory()
+        data = prepare_data(recipe, source, splits)
+        if recipe.recipe == "finetune" and not recipe.resume:
+            recipe = fit_to_data(recipe, len(data.train), typed)
+        run = prepare_run(recipe, data, source)
+        del source  # a resumed run would hold the weights twice
+        describe(run)
+        with explained_errors(run):
+            train(run)
+        if run.stopped_by:
+            last = run.folder / "last.pt"
+            say(f"stopped; to go on: python train.py --resume {last}", sys.stderr)
+            return 128 + run.stopped_by
+        report_run(run)
+    return 0
 
-def random_erase(x: Tensor, chance: float) -> Tensor:
-    """Fill a random rectangle of some images with noise, in place (Zhong et al., 2017).
-    It covers 2 to 33 % of the image. x is normalised, so standard normal noise is as bright."""
-    erase = T.RandomErasing(1.0, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
-    for i in (torch.rand(len(x)) < chance).nonzero()[:, 0].tolist():
-        x[i] = erase(x[i])
-    return x
+@dataclass
+class Run:
+    """All that a training run consists of."""
+    recipe: Recipe
+    folder: Path
+    data: Data
+    device: torch.device
+    precision: torch.dtype
+    model: nn.Module
+    ema: swa_utils.AveragedModel | None  # the running average of the weights
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler  # does nothing unless the precision is float16
+    teacher: Teacher | None
+    origin: str  # where the initial weights come from
+    macs: int  # multiply-accumulates for one image
+    epoch_steps: int
+    total: int  # steps
+    step: int = 0  # steps taken so far
+    history: list[dict] = field(default_factory=list)  # a row per epoch, as in metrics.csv
+    sums: dict[str, Any] = field(default_factory=dict)  # over the steps of the present epoch
+    to_measure: bool = False  # the last epoch of the history is yet to be evaluated
+    stopped_by: int = 0  # the signal that ends the run
+    tensorboard: Any = None
 
-def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Bring each channel to mean 0 and standard deviation 1 over the data set. (b, c, h, w)"""
-    return ((x - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")).contiguous(
-        memory_format=torch.channels_last)
+    @property
+    def best_model(self) -> nn.Module:
+        """The network that counts: that of the averaged weights, if there is an average."""
+        return self.ema.module if self.ema else self.model
 
-def augment(recipe: Recipe, data: "Data", x: Tensor, labels: Tensor, mix: bool,
-            size: int) -> tuple[Tensor, Tensor]:
-    """Bytes (b, 3, h, w) and labels (b,) -> what the network sees, and targets (b, classes).
-    mix: whether MixUp and CutMix are on. size: the side to shrink the images to."""
-    x = crop_and_flip(x, recipe.crop_padding if recipe.img_size <= SMALL else 0, recipe.flip)
-    x = x.float() / 255
-    if recipe.rand_augment:
-        x = rand_augment(x, recipe.rand_augment)
-    if size != recipe.img_size:
-        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    x = normalize(x, data.mean, data.std)
-    if recipe.random_erase:
-        x = random_erase(x, recipe.random_erase)
-    mixes = [kind(alpha=alpha, num_classes=len(data.classes))
-             for kind, alpha in ((T.MixUp, recipe.mixup), (T.CutMix, recipe.cutmix)) if alpha]
-    if mix and mixes and torch.rand(()) < recipe.mix_prob:
-        return T.RandomChoice(mixes)(x, labels)
-    return x, F.one_hot(labels, len(data.classes)).float()
+def prepare_run(recipe: Recipe, data: Data, source: Source | None) -> Run:
+    """Build the network, its average and the optimizers, or restore those of --resume."""
+    device = pick_device(recipe.device)
+    precision = pick_precision(recipe.amp, device)
+    classes = data.classes
+    torch.manual_seed(recipe.seed)
+    model = build_network(recipe, len(classes))
+    model = model.to(memory_format=torch.channels_last)
+    if recipe.init == "fan-in" and not recipe.road:
+        fan_in_init(model)
+    origin = "pytorch" if recipe.road else recipe.init
+    if recipe.init_from and recipe.resume:
+        origin = f"from {recipe.init_from}"
+    elif recipe.init_from and source:
+        origin = load_initial(model, source, classes, recipe)
+    if recipe.freeze_backbone:
+        freeze_all_but_classifier(model)
+    macs = convnext.count_macs(model, recipe.img_size)
+    if device.type == "cpu" and not recipe.compile:
+        model = convnext.speed_up(model)
+    model.to(device)
+    epoch_steps = max(1, len(data.train) // recipe.batch_size)
+    total = epoch_steps * recipe.epochs
+    run = Run(
+        recipe, Path(recipe.output), data, device, precision, model,
+        ema=average_of(model, recipe.ema_horizon * total) if recipe.ema_horizon else None,
+        optimizers=make_optimizers(model, recipe, precision),
+        # The gradients' range is too small for float16 alone: they are scaled up, and back down.
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        teacher=load_teacher(recipe, data, device) if recipe.teacher else None,
+        origin=origin, macs=macs, epoch_steps=epoch_steps, total=total)
+    if recipe.resume:
+        load_state(run, source.state)
+    if recipe.compile:
+        run.model.compile()  # in place: the parameters keep their names
+    return run
 
-# --- 3. Optimisation ----------------------------------------------------------------------------
+CHECK_STEPS, CHECK_SECONDS = 50, 30  # each check makes the CPU wait for a GPU
+
+def train(run: Run) -> None:
+    """Train from where the run stands to its last step, or to a signal."""
+    r = run.recipe
+    progress = tqdm(total=run.total, initial=run.step, unit="step", disable=None)
+    with catch_signals(run), progress:
+        if run.to_measure:  # the run was stopped between an epoch and its evaluation
+            finish_epoch(run)
+        if run.step == run.total or run.stopped_by:
+            save(run)
+            return
+        ended = checked = printed = time.perf_counter()
+        for x, targets in training_batches(run):
+            if run.step % run.epoch_steps == 0:
+                zero = torch.zeros((), device=run.device)
+                run.sums = {"loss": zero, "seconds": 0.0, "waiting": 0.0}
+            x = x.to(run.device, memory_format=torch.channels_last, non_blocking=True)
+            targets = targets.to(run.device, non_blocking=True)
+            run.sums["waiting"] += time.perf_counter() - ended
+
+            lr = lr_at(run.step, run.total, round(r.warmup * run.epoch_steps), r.lr, r.min_lr,
+                       r.schedule)
+            torch.manual_seed(seed_for(r.seed, "network", run.step))  # for stochastic depth
+            run.sums["loss"] += train_step(run.model, run.optimizers, x, targets, lr, r,
+                                           run.precision, run.scaler, run.teacher)
+            if run.ema:
+                run.ema.update_parameters(run.model)
+            run.step += 1
+            run.sums["lr"] = lr
+            progress.update()
+
+            epoch_is_over = run.step % run.epoch_steps == 0
+            now = time.perf_counter()
+            if epoch_is_over or run.step % CHECK_STEPS == 0 or now - checked > CHECK_SECONDS:
+                loss = check_finite(run)
+                progress.set_postfix(epoch=len(run.history) + 1, loss=f"{loss:.3f}")
+                if progress.disable and now - printed > 60 and not epoch_is_over:
+                    say(f"epoch {len(run.history) + 1}: step {run.step} of {run.total}, mean loss "
+                        f"{loss:.3f}")
+                    printed = now
+                checked = now = time.perf_counter()
+            run.sums["seconds"] += now - ended
+            if epoch_is_over:
+                end_epoch(run)
+            if run.stopped_by:
+                break
+            ended = time.perf_counter()
+        save(run)
+
+def end_epoch(run: Run) -> None:
+    """Save the epoch, then measure: whatever happens in an evaluation, the epoch is not lost."""
+    sums = run.sums
+    images = run.epoch_steps * min(run.recipe.batch_size, len(run.data.train))
+    run.history.append({
+        "epoch": len(run.history) + 1, "step": run.step,
+        "train_loss": sums["loss"].item() / run.epoch_steps, "lr": sums["lr"],
+        "seconds": sums["seconds"], "images_per_s": images / sums["seconds"],
+        "data_share": sums["waiting"] / sums["seconds"]})  # of the time, spent waiting for images
+    epoch = len(run.history)
+    run.to_measure = epoch % run.recipe.eval_every == 0 or epoch == run.recipe.epochs
+    save(run)
+    finish_epoch(run)
+
+def finish_epoch(run: Run) -> None:
+    """Evaluate the last epoch if that is due, and print and log its row."""
+    row = run.history[-1]
+    if run.to_measure:
+        scores = measure(run)
+        if run.stopped_by:  # --resume measures again
+            return
+        row |= scores
+        run.to_measure = False
+        save_best(run)
+        save(run)
+    left = (run.recipe.epochs - row["epoch"]) * row["seconds"]
+    shown = [name for name in row if name not in ("step", "seconds") and "top5" not in name]
+    text = "  ".join(f"{name} {row[name]:.4g}" for name in shown)
+    say(f"{text}  {left:.0f} s left")
+    log_to_tensorboard(run, row)
+
+def measure(run: Run) -> dict[str, float]:
+    """The scores of the weights, and of their average, as columns of metrics.csv. They are measured
+    on the held-out images if there are any, and otherwise on the test images."""
+    data = run.data
+    split = "val" if data.val else "test"
+    models = {split: run.model}
+    if run.ema:
+        models[f"{split}_ema"] = run.ema
+    scores = {}
+    for prefix, model in models.items():
+        batches = evaluation_batches(data.val or data.test, run.recipe.workers)
+        batches = takewhile(lambda batch: not run.stopped_by, batches)
+        for name, value in evaluate(model, batches, data.mean, data.std, run.precision).items():
+            scores[f"{prefix}_{name}"] = value
+    return scores
+
+
+# --- 3. One step --------------------------------------------------------------------------------
+def train_step(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], x: Tensor, targets: Tensor,
+    lr: float, recipe: Recipe, precision: torch.dtype = torch.float32,
+    scaler: torch.amp.GradScaler = torch.amp.GradScaler(enabled=False),  # noqa: B008
+    teacher: Teacher | None = None,
+) -> Tensor:
+    """Update the weights once, from images (b, 3, h, w) and targets (b, classes), and return the
+    loss. With recipe.accumulate the batch is computed in parts, whose gradients add up."""
+    total = torch.zeros((), device=x.device)
+    parts = zip(x.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True)
+    for images, labels in parts:
+        with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
+            logits = model(images)
+            advice = teacher(images).float() if teacher else None
+        loss = training_loss(recipe, logits.float(), labels, advice)
+        loss = loss * (len(images) / len(x))
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    if recipe.clip_grad:
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        scaler.step(optimizer)  # optimizer.step(), unless a gradient in float16 is infinite
+    scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    return total
+
+def training_loss(recipe: Recipe, logits: Tensor, targets: Tensor,
+                  teacher_logits: Tensor | None = None) -> Tensor:
+    """The cross-entropy; with a teacher, (1 - α) · cross-entropy + α · distillation loss.
+    All arguments are (b, classes)."""
+    loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+    if teacher_logits is None:
+        return loss
+    distance = distillation_loss(logits, teacher_logits, recipe.distill_temperature)
+    return (1 - recipe.distill_alpha) * loss + recipe.distill_alpha * distance
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T² · KL(softmax(teacher_logits / T) ‖ softmax(logits / T)), from Hinton et al., 2015.
+    The teacher's small probabilities say which classes are alike, and T > 1 raises them. The
+    gradients shrink with 1 / T², which the factor T² undoes."""
+    ours = (logits / temperature).log_softmax(1)
+    theirs = (teacher_logits / temperature).log_softmax(1)
+    return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
+
+# --- 4. Evaluation ------------------------------------------------------------------------------
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], mean: Tensor, std: Tensor,
+             precision: torch.dtype, tta: bool = False) -> dict[str, float]:
+    """The mean cross-entropy, and the top-1 and top-5 accuracy in %, over batches of bytes
+    (b, 3, h, w) and labels (b,). tta: average the logits of each image and its mirror image."""
+    model.eval()
+    device = next(model.parameters()).device
+    count = 0
+    sums = torch.zeros(3, device=device)
+    for images, labels in batches:
+        labels = labels.to(device, non_blocking=True)
+        x = normalize(images.to(device, non_blocking=True) / 255, mean, std)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            logits = model(x).float()
+            if tta:
+                logits = (logits + model(x.flip(3)).float()) / 2
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        best = logits.topk(min(5, logits.shape[1])).indices  # (b, 5)
+        hits = best == rearrange(labels, "b -> b 1")
+        sums += torch.stack([loss, 100 * hits[:, 0].sum(), 100 * hits.sum()])
+        count += len(labels)
+    loss, top1, top5 = (sums / max(1, count)).tolist()
+    return {"loss": loss, "top1": top1, "top5": top5}
+
+def report(name: str, model: nn.Module, images: Images, mean: Tensor, std: Tensor, recipe: Recipe,
+           precision: torch.dtype) -> None:
+    """Print the scores of a network on the test images."""
+    for tta in (False, True) if recipe.tta else (False,):
+        batches = evaluation_batches(images, recipe.workers)
+        scores = evaluate(model, batches, mean, std, precision, tta)
+        # Five classes or fewer always have a top-5 accuracy of 100 %.
+        top5 = f"  top-5 {scores['top5']:.2f} %" if len(images.classes) > 5 else ""
+        mirror = " with mirror images" if tta else ""
+        say(f"{name}{mirror}: test loss {scores['loss']:.4f}  top-1 {scores['top1']:.2f} %{top5}  "
+            f"of {len(images):,} images of {recipe.img_size} px")
+
+def report_run(run: Run) -> None:
+    """Print the scores of last.pt and of best.pt, if there is one."""
+    def report_model(path: Path) -> None:
+        report(str(path), run.best_model, run.data.test, run.data.mean, run.data.std, run.recipe,
+               run.precision)
+    report_model(run.folder / "last.pt")
+    best = run.folder / "best.pt"
+    if run.data.val and best.exists():
+        with one_line_errors(str(best)):
+            load_state(run, convnext.read_file(best)[0])
+        report_model(best)
+    elif run.data.val:
+        say(f"note: {best} is not there: it was not copied along with last.pt", sys.stderr)
+
+def report_source(source: Source, recipe: Recipe, splits: tuple | None = None) -> None:
+    """Print the scores of --eval-only's weights on the test images."""
+    test = splits[1] if splits else load_split(recipe, train=False, classes=source.classes)
+    test = prepare_images(test, recipe)
+    check_classes(source, test.classes)
+    device = pick_device(recipe.device)
+    model = load_network(source).to(device, memory_format=torch.channels_last)
+    mean, std = (torch.tensor(source.expects[name]) for name in ("mean", "std"))
+    report(source.name, model, test, mean, std, recipe, pick_precision(recipe.amp, device))
+
+
+# --- 5. The optimizers --------------------------------------------------------------------------
 def lr_at(step: int, total: int, warmup: int, peak: float, floor: float,
           schedule: str = "cosine") -> float:
-    """The learning rate of step 0 ... total - 1. It rises linearly, then falls as half a cosine to
-    `floor`, or linearly, so that it would be `floor` at step `total`. It depends on the step alone,
-    so there is no scheduler whose state could be lost."""
+    """The learning rate of step 0 ... total - 1. It rises linearly for `warmup` steps, then falls
+    to `floor`: as half a cosine, which ends there in the last step, or linearly, which would end
+    there one step later. It depends on the step alone, so a stopped run has no state to lose."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "linear":
-        return floor + (peak - floor) * (1 - (step - warmup) / max(1, total - warmup))
+        progress = (step - warmup) / max(1, total - warmup)
+        return peak + (floor - peak) * progress
     progress = (step - warmup) / max(1, total - 1 - warmup)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-def layer_number(name: str, depths: tuple[int, ...]) -> int:
-    """The number of a parameter's layer, for layer-wise decay of the learning rate.
-    The stem is layer 0, and the head is the last. A stage and the Downsample before it are one
-    layer, but in the third stage every three blocks are one, as in the authors' code."""
-    part, stage, block = (name + "..").split(".")[:3]
-    fourth_stage = 3 + math.ceil(depths[2] / 3)
-    if part == "head":
-        return fourth_stage + 1
-    if part == "stages" and stage == "2":
-        return 3 + int(block) // 3
-    return (1 if part == "stages" else 0, 2, 3, fourth_stage)[int(stage)]
+def make_optimizers(model: nn.Module, recipe: Recipe,
+                    precision: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
+    """AdamW or SGD for all parameters; or Muon for matrices and filters, AdamW for the rest.
+    precision: the number type of Muon's matrix products."""
+    r = recipe
+    groups = parameter_groups(model, r.weight_decay, r.layer_decay, r.optimizer == "muon")
+    for_muon = [group for group in groups if group["muon"]]
+    others = [group for group in groups if not group["muon"]]
+    if r.optimizer == "sgd":
+        return [torch.optim.SGD(others, lr=r.lr, momentum=0.9, fused=True)]
+    optimizers = [torch.optim.AdamW(others, lr=r.lr, betas=(0.9, r.beta2), fused=True)]
+    if for_muon:
+        for group in for_muon:
+            # Both optimizers follow lr_at's schedule, Muon with this factor.
+            group["lr_scale"] *= r.muon_lr / r.lr
+        optimizers.append(Muon(for_muon, r.muon_lr, precision))
+    return optimizers
 
-def takes_muon(name: str, p: Tensor) -> bool:
-    """Whether Muon trains this parameter: the matrices and dense filters of the blocks."""
-    in_block = ".pwconv" in name or ".branch." in name or ".shortcut." in name
-    return in_block and name.endswith("weight") and p.ndim >= 2 and p.shape[1] > 1
-
-def parameter_groups(model: convnext.ConvNeXt, weight_decay: float,
-                     layer_decay: float = 1.0, muon: bool = False) -> list[dict]:
-    """Group the trainable parameters by optimiser, weight decay and `lr_scale`, the factor on the
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0,
+                     muon: bool = False) -> list[dict]:
+    """Group the trainable parameters by optimizer, weight decay and `lr_scale`, the factor on the
     learning rate. Only matrices and filters decay: norms, biases, LayerScale and GRN do not."""
-    depths, groups = tuple(map(len, getattr(model, "stages", ()))), {}  # the road has no stages
+    groups = {}
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            below_head = layer_number("head", depths) - layer_number(name, depths) if depths else 0
-            about = {"muon": muon and takes_muon(name, p),
-                     "weight_decay": weight_decay * (p.ndim >= 2 and not name.endswith("bias")),
-                     "lr_scale": layer_decay**below_head}
-            groups.setdefault((*about.values(),), about | {"params": []})["params"].append(p)
+        if not p.requires_grad:
+            continue
+        by_muon = muon and takes_muon(name, p)
+        decays = p.ndim >= 2 and not name.endswith("bias")
+        decay = weight_decay if decays else 0.0
+        lr_scale = layer_decay ** layers_below_head(name, model) if layer_decay < 1 else 1.0
+        key = (by_muon, decay, lr_scale)
+        if key not in groups:
+            groups[key] = {"params": [], "muon": by_muon, "weight_decay": decay,
+                           "lr_scale": lr_scale}
+        groups[key]["params"].append(p)
     return list(groups.values())
 
-def orthogonalize(x: Tensor, precision: torch.dtype, steps: int = 5) -> Tensor:
-    """The matrix U·Vᵀ of x = U·S·Vᵀ, roughly: singular values between 0.7 and 1.2 instead of 1.
-    Newton and Schulz's iteration, with Muon's polynomial of degree 5 in place of their cubic."""
-    wide = x if len(x) <= x.shape[1] else x.T
-    wide = wide.to(precision)
-    wide = wide / wide.norm().clamp(min=1e-7)
-    for _ in range(steps):
-        gram = wide @ wide.T
-        wide = 3.4445 * wide + (-4.775 * gram + 2.0315 * gram @ gram) @ wide
-    return wide if len(x) <= x.shape[1] else wide.T
+def takes_muon(name: str, p: Tensor) -> bool:
+    """Whether Muon trains a parameter: the matrices and the dense filters of the blocks. Each row
+    of a depthwise filter has a channel of its own, so there is nothing to orthogonalize."""
+    in_block = ".pwconv" in name or ".branch." in name or ".shortcut." in name
+    is_dense = p.ndim >= 2 and p.shape[1] > 1
+    return in_block and is_dense and name.endswith("weight")
+
+def layers_below_head(name: str, model: convnext.ConvNeXt) -> int:
+    """How many layers a parameter is below the head, for layer-wise decay of the learning rate.
+    A stage and the Downsample before it are one layer, but in the third stage every three blocks
+    are one, as in the authors' code. The stem is a layer, and the head is the last."""
+    layers_of_stage = [1] * len(model.stages)
+    if len(model.stages) > 2:
+        layers_of_stage[2] = math.ceil(len(model.stages[2]) / 3)
+    head = 1 + sum(layers_of_stage)
+    part, stage, block = name.split(".")[:3]
+    if part == "head":
+        return 0
+    if name.startswith("downsample_layers.0."):  # the stem
+        return head
+    layer = 1 + sum(layers_of_stage[: int(stage)])  # the first of this stage
+    if part == "stages" and stage == "2":
+        layer += int(block) // 3
+    return head - layer
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is made orthogonal, for matrices (https://kellerjordan.github.io/posts/muon).
-    All directions are learned equally fast, also those in which the gradient is small. A filter
-    (o, i, h, w) is a matrix of o rows. It computes what torch.optim.Muon does, which takes no
-    filters, and which multiplies in bfloat16 also where the hardware is slow at it."""
+    """Momentum whose step is made orthogonal (https://kellerjordan.github.io/posts/muon).
+
+    An orthogonal step is equally long in all directions, so those in which the gradient is small
+    are learned as fast as the others. A filter (o, i, h, w) is a matrix of o rows. This is
+    torch.optim.Muon, which takes matrices alone, and which always multiplies in bfloat16: on a CPU
+    without it that is several times slower than float32.
+    """
     def __init__(self, groups: list[dict], lr: float, precision: torch.dtype) -> None:
         super().__init__(groups, {"lr": lr, "momentum": 0.95, "weight_decay": 0.0})
-        self.precision = precision  # of the matrix products
+        self.precision = precision
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
             for p in group["params"]:
-                gradient = p.grad.flatten(1)
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(gradient)
-                average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-                update = orthogonalize(gradient.lerp(average, momentum), self.precision)
-                rows, columns = update.shape
-                scale = max(1, rows / columns) ** 0.5
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(update.reshape(p.shape), alpha=-lr * scale)
+                self.update(p, group["lr"], group["momentum"], group["weight_decay"])
 
-def make_optimizers(model: nn.Module, recipe: Recipe,
-                    precision: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
-    """AdamW or SGD; with --optimizer muon, Muon for the blocks' matrices and AdamW for the rest.
-    Muon orthogonalises the step of a matrix, so that all directions are learned equally fast."""
-    r = recipe
-    groups = parameter_groups(model, r.weight_decay, r.layer_decay, r.optimizer == "muon")
-    matrices, others = [g for g in groups if g["muon"]], [g for g in groups if not g["muon"]]
-    if r.optimizer == "sgd":
-        return [torch.optim.SGD(others, lr=r.lr, momentum=0.9, fused=True)]
-    optimizers = [torch.optim.AdamW(others, lr=r.lr, betas=(0.9, r.beta2), fused=True)]
-    if matrices:
-        for group in matrices:
-            group["lr_scale"] *= r.muon_lr / r.lr  # both follow one schedule
-        optimizers.append(Muon(matrices, r.muon_lr, precision))
-    return optimizers
+    def update(self, p: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
+        gradient = p.grad.flatten(1)
+        if not self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(gradient)
+        average = self.state[p]["momentum_buffer"]
+        average.lerp_(gradient, 1 - momentum)
+        direction = orthogonalize(gradient.lerp(average, momentum), self.precision)
+        rows, columns = direction.shape
+        scale = max(1, rows / columns) ** 0.5
+        p.mul_(1 - lr * weight_decay)
+        p.add_(direction.reshape(p.shape), alpha=-lr * scale)
 
-def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T²·KL(softmax(teacher / T) ‖ softmax(logits / T)), both (b, classes).
-    From Hinton et al., 2015. The teacher's small probabilities tell what a class resembles, and a
-    T above 1 raises them. The gradients fall with 1 / T², hence the factor."""
-    ours, theirs = ((x / temperature).log_softmax(1) for x in (logits, teacher))
-    return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+def orthogonalize(x: Tensor, precision: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
+    """Bring the singular values of a matrix near 1: x = U·S·Vᵀ becomes about U·Vᵀ.
+    The iteration is Newton's and Schulz's with Muon's polynomial, which is faster at the start and
+    ends between 0.7 and 1.2. It needs matrix products alone."""
+    is_tall = x.shape[0] > x.shape[1]
+    y = (x.T if is_tall else x).to(precision)
+    y = y / y.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = y @ y.T
+        y = 3.4445 * y + (-4.775 * gram + 2.0315 * gram @ gram) @ y
+    return y.T if is_tall else y
 
-def training_loss(recipe: Recipe, logits: Tensor, targets: Tensor,
-                  teacher: Tensor | None = None) -> Tensor:
-    """(1 - α)·CE(targets, logits) + α·T²·KL(teacher ‖ logits); without a teacher α is 0."""
-    loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
-    if teacher is None:
-        return loss
-    distance = distillation_loss(logits, teacher.float(), recipe.distill_temperature)
-    return torch.lerp(loss, distance, recipe.distill_alpha)
+def average_of(model: nn.Module, horizon: float) -> swa_utils.AveragedModel:
+    """A running average of the weights: after each step, average += (weights - average) / horizon.
+    horizon: in steps, a share of the run. The usual decay of 0.9999 looks back 10,000 steps, which
+    is too far in a run of 20,000."""
+    decay = 1 - 1 / max(1, horizon)
+    # BatchNorm's statistics belong to the averaged weights; other buffers are constants.
+    has_statistics = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    return swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay),
+                                   use_buffers=has_statistics)
 
-# --- 4. Training --------------------------------------------------------------------------------
-CHECK_EVERY = 50  # steps; each check makes the CPU wait for the GPU
 
-def train_step(run: "Run", x: Tensor, y: Tensor) -> None:
-    """Update the weights once, from images (b, 3, h, w) and targets (b, classes)."""
-    recipe, warmup = run.recipe, round(run.epoch_steps * run.recipe.warmup_epochs)
-    lr = lr_at(run.step, run.total, warmup, recipe.lr, recipe.min_lr, recipe.schedule)
-    for xs, ys in zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate)):
-        with torch.autocast(run.device.type, run.precision, run.precision != torch.float32):
-            logits = run.model(xs)
-            answers = run.teacher(xs) if run.teacher else None
-        loss = training_loss(recipe, logits.float(), ys, answers) * (len(xs) / len(x))
-        run.scaler.scale(loss).backward()
-        run.sums["loss"] += loss.detach()
-    for optimizer in run.optimizers:
-        run.scaler.unscale_(optimizer)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-    if recipe.clip_grad:
-        nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_grad)
-    for optimizer in run.optimizers:
-        run.scaler.step(optimizer)  # optimizer.step(), unless a gradient in float16 is infinite
-        optimizer.zero_grad()
-    run.scaler.update()
-    if run.ema:
-        run.ema.update_parameters(run.model)
-    run.step, run.sums["lr"] = run.step + 1, lr
+# --- 6. The network -----------------------------------------------------------------------------
+NETWORK = ("variant", "depths", "dims", "grn", "road", "width")  # the settings that describe one
 
-def train_epoch(run: "Run", progress: tqdm) -> dict[str, Any]:
-    """Finish the present epoch. Return its row for metrics.csv, or {} if a signal stops it.
-    All random numbers follow from the seed and the epoch or step, so a resumed run draws the same.
-    (The large factors keep the steps, epochs and images of any two seeds apart.)"""
-    r, data = run.recipe, run.data
-    epoch, done = divmod(run.step, run.epoch_steps)
-    if len(run.history) < epoch:  # it is trained, but not evaluated yet
-        epoch, done = epoch - 1, run.epoch_steps
-    if not done:
-        run.sums = {"loss": torch.zeros((), device=run.device), "seconds": 0.0, "waiting": 0.0}
-    size = r.start_size if r.start_size and epoch < r.epochs * r.start_share else r.img_size
-    run.model.train()
-    ended = time.perf_counter()
-    for batch in batches(data.train, r.batch_size, r.workers, first=done,
-                         seed=-1_000_000_007 * r.seed - 10_000_019 * (epoch + 1)):
-        torch.manual_seed(1_000_000_007 * r.seed + run.step + 1)
-        images, labels = (part.to(run.device, non_blocking=True) for part in batch)
-        x, y = augment(r, data, images, labels, epoch < r.epochs - r.mix_off_epochs, size)
-        run.sums["waiting"] += time.perf_counter() - ended  # on a GPU, for the launches only
-        train_step(run, x, y)
-        progress.update()
-        if run.step % CHECK_EVERY == 0 or run.step % run.epoch_steps == 0:
-            check_finite(run)  # waits for the GPU, so that the time is right
-        run.sums["seconds"] += time.perf_counter() - ended
-        ended = time.perf_counter()
-        if run.stopped_by and run.step < (epoch + 1) * run.epoch_steps:
-            return {}
-    seconds, images = run.sums["seconds"], run.epoch_steps * min(r.batch_size, len(data.train))
-    return {"epoch": epoch + 1, "step": run.step,
-            "train_loss": run.sums["loss"].item() / run.epoch_steps, "lr": run.sums["lr"],
-            "seconds": seconds, "images_per_s": images / seconds,
-            "data_share": run.sums["waiting"] / seconds}
+def build_network(recipe: Recipe, classes: int) -> nn.Module:
+    """The network that the settings describe, with PyTorch's or the paper's initial weights."""
+    options = {"num_classes": classes, "patch_size": recipe.patch_size,
+               "layer_scale": recipe.layer_scale}
+    if recipe.road:
+        design = convnext.DESIGNS[recipe.road]
+        if recipe.width:
+            design = design._replace(width=recipe.width)
+        with one_line_errors(f"--road {recipe.road} --width {recipe.width}"):
+            return convnext.roadmap_network(design, **options)
+    options |= {"drop_path": recipe.drop_path, "head_init_scale": recipe.head_init_scale}
+    if recipe.depths:
+        return convnext.ConvNeXt(recipe.depths, recipe.dims, grn=recipe.grn, **options)
+    return convnext.create_convnext(recipe.variant, **options)
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, images: "Images", mean: Tensor, std: Tensor, workers: int,
-             precision: torch.dtype, tta: bool = False,
-             stopped: Callable[[], Any] = lambda: False) -> dict[str, float]:
-    """Return the mean cross-entropy, and the top-1 and top-5 accuracy in %.
-    tta: average the logits of each image and its mirror image. Returns {} once it is stopped."""
-    model.eval()
-    total = torch.zeros(3, device=mean.device)
-    for batch in batches(images, 250, workers):
-        if stopped():
-            return {}
-        x, labels = (part.to(mean.device, non_blocking=True) for part in batch)
-        with torch.autocast(mean.device.type, precision, precision != torch.float32):
-            x = normalize(x / 255.0, mean, std)
-            logits = ((model(x) + model(x.flip(3))) / 2 if tta else model(x)).float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == rearrange(labels, "b -> b 1")
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        total += torch.stack([loss, 100 * hits[:, 0].sum(), 100 * hits.sum()])
-    return dict(zip(("loss", "top1", "top5"), (total / len(images)).tolist()))
+def network_name(recipe: Recipe) -> str:
+    if recipe.road:
+        return recipe.road
+    if recipe.depths:
+        depths, dims = ("-".join(map(str, numbers)) for numbers in (recipe.depths, recipe.dims))
+        return f"ConvNeXt {depths} of {dims}"
+    return f"ConvNeXt-{recipe.variant}"
 
-# --- 5. RandAugment -----------------------------------------------------------------------------
-def blend(x: Tensor, base: Tensor | float, amount: Tensor) -> Tensor:
-    """Move x away from `base` (amount > 0) or towards it (amount < 0)."""
-    return (x + amount * (x - base)).clamp(0, 1)
+def fan_in_init(model: convnext.ConvNeXt) -> None:
+    """Draw all weights but the classifier's with standard deviation 1 / sqrt(fan_in), in place.
 
-def warp(x: Tensor, *rows: list[Tensor | float]) -> Tensor:
-    """y(position) = x(rows · position), about the centre; grey where x has no pixel."""
-    zero = torch.zeros_like(x[:, 0, 0, 0])
-    matrix = torch.stack([torch.stack([zero + v for v in row], 1) for row in rows], 1)
-    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-    return F.grid_sample(x - 0.5, grid, align_corners=False) + 0.5
+    With inputs of variance 1, the outputs of a linear layer have the standard deviation of its
+    weights times sqrt(fan_in). The paper's 0.02 makes that 0.55 at 768 channels, but 0.13 at 40:
+    two layers of a branch shrink its input to 0.016, and it has to grow before it can learn. Here
+    each layer keeps the scale, at any width. The last layer's weights are divided by
+    sqrt(2 · blocks), so that the sum of all branches stays near 1. Cutting the normal distribution
+    at two standard deviations leaves 0.88 of these values.
+    """
+    blocks = sum(len(stage) for stage in model.stages)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and name != "head.fc":
+            fan_in = module.weight[0].numel()
+            std = fan_in**-0.5
+            if name.endswith("pwconv2"):
+                std /= (2 * blocks) ** 0.5
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
 
-# What the paper's "RandAugment (9, 0.5)" chooses from, with timm's ranges: at full strength 30
-# degrees, 45 % of the side, a colour factor of 1 ± 0.9, and so on. x: (b, 3, h, w) from 0 to 1.
-# m: (b, 1, 1, 1), the strength from -1 to 1; operations with one direction ignore its sign.
-RAND_AUGMENT_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "auto_contrast": lambda x, m: TF.autocontrast(x),
-    "equalize": lambda x, m: TF.equalize(x),
-    "invert": lambda x, m: 1 - x,
-    "rotate": lambda x, m: warp(x, [(a := math.radians(30) * m.flatten()).cos(), -a.sin(), 0],
-                                [a.sin(), a.cos(), 0]),
-    "posterize": lambda x, m: (  # clears the lowest bits of a pixel, 4 to 8 of them
-        (x * 255).round() // (step := 2 ** (4 + (4 * m.abs()).int())) * step / 255),
-    "solarize": lambda x, m: torch.where((x * 255).round() < 256 - (256 * m.abs()).int(), x, 1 - x),
-    "solarize_add": lambda x, m: torch.where(
-        (x * 255).round() < 128, (x + (110 * m.abs()).int() / 255).clamp(max=1), x),
-    "color": lambda x, m: blend(x, TF.rgb_to_grayscale(x), 0.9 * m),
-    "contrast": lambda x, m: blend(
-        x, reduce(TF.rgb_to_grayscale(x), "b c h w -> b 1 1 1", "mean"), 0.9 * m),
-    "brightness": lambda x, m: blend(x, 0, 0.9 * m),
-    "sharpness": lambda x, m: blend(x, TF.adjust_sharpness(x, 0), 0.9 * m),
-    "shear_x": lambda x, m: warp(x, [1, 0.3 * m.flatten(), 0], [0, 1, 0]),
-    "shear_y": lambda x, m: warp(x, [1, 0, 0], [0.3 * m.flatten(), 1, 0]),
-    "translate_x": lambda x, m: warp(x, [1, 0, 2 * 0.45 * m.flatten()], [0, 1, 0]),
-    "translate_y": lambda x, m: warp(x, [1, 0, 0], [0, 1, 2 * 0.45 * m.flatten()])}
+def load_initial(model: nn.Module, source: Source, classes: list[str], recipe: Recipe) -> str:
+    """Load the weights of --init-from, but no classifier for other classes. Says what was done."""
+    same_classes = source.num_classes == len(classes) and source.classes in (None, classes)
+    if same_classes:
+        check_classes(source, classes)
+    tensors = {name: tensor for name, tensor in source.tensors.items()
+               if same_classes or ".fc." not in name}
+    with one_line_errors(source.name):
+        if isinstance(model, convnext.ConvNeXt) and source.weights:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # `describe` prints what was kept
+                weights = source.weights._replace(tensors=tensors)
+                kept = convnext.load_weights(model, weights).kept
+        elif source.network.get("road") == recipe.road:
+            kept, unknown = model.load_state_dict(tensors, strict=False)
+            if unknown:
+                raise ValueError(f"the network has no place for {shorten(unknown)}")
+        else:
+            raise ValueError("it holds another kind of network")
+    if recipe.freeze_backbone:
+        untrained = [name for name in kept if "head." not in name and ".fc." not in name]
+        if untrained:
+            raise UserError(f"--freeze-backbone would leave untrained: {shorten(untrained)}")
+    new = f"; new: {', '.join(kept)}" if kept else ""
+    return f"{len(model.state_dict()) - len(kept)} parameters of {source.name}{new}"
+
+def freeze_all_but_classifier(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        p.requires_grad_(".fc." in name)
+
+class Teacher(nn.Module):
+    """A trained network that sees the student's images with its own normalization."""
+    def __init__(self, source: Source, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.model = load_network(source).requires_grad_(False)
+        its_mean = torch.tensor(source.expects["mean"])
+        its_std = torch.tensor(source.expects["std"])
+        self.register_buffer("scale", rearrange(std / its_std, "c -> c 1 1"))
+        self.register_buffer("shift", rearrange((mean - its_mean) / its_std, "c -> c 1 1"))
+        self.identity = checksum(source.tensors, {})  # a resumed run needs the same teacher
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (b, 3, h, w), normalized for the student -> logits (b, classes)."""
+        return self.model(x * self.scale + self.shift)
+
+def load_teacher(recipe: Recipe, data: Data, device: torch.device) -> Teacher:
+    source = open_source(recipe.teacher)
+    check_classes(source, data.classes)
+    stride = Recipe(**source.network).stride
+    if (recipe.start_size or recipe.img_size) < stride:
+        raise UserError(f"{source.name} takes images of {stride} or more pixels")
+    teacher = Teacher(source, data.mean, data.std)
+    return teacher.to(device, memory_format=torch.channels_last)
+
+def pick_device(name: str) -> torch.device:
+    try:
+        found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        device = torch.empty(1, device=found if name == "auto" else name).device
+        torch.ones(1, device=device).item()  # "meta" has no values
+        return device
+    except Exception as error:  # each backend raises its own
+        raise UserError(f"--device {name} cannot be used here ({first_line(error)})") from error
+
+def pick_precision(amp: str, device: torch.device) -> torch.dtype:
+    """The type for matrix products and convolutions. The weights themselves stay in float32."""
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto":  # where the hardware does not compute in bfloat16 it is slower
+        amp = "bf16" if device.type == "cpu" and cpu_has_bfloat16() else "off"
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError(f"--amp fp16 needs a CUDA GPU, not {device.type}; take bf16 or off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+
+def cpu_has_bfloat16() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):  # from PyTorch 2.14 on
+        return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+# --- 7. Augmentation ----------------------------------------------------------------------------
+# Whole batches on the CPU, in the processes that read images, with random numbers for each image.
+# (torchvision's transforms draw once per batch.)
+
+def augment(recipe: Recipe, x: Tensor, labels: Tensor, classes: int, mean: Tensor, std: Tensor,
+            epoch: int) -> tuple[Tensor, Tensor]:
+    """Bytes (b, 3, h, w) and labels (b,) -> what the network sees, and targets (b, classes)."""
+    x = crop_and_flip(x, recipe.crop_padding if recipe.img_size <= SMALL else 0, recipe.flip)
+    x = x.float() / 255
+    if recipe.rand_augment:
+        x = rand_augment(x, recipe.rand_augment)
+    size = recipe.size_at(epoch)
+    if size != recipe.img_size:
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+    x = normalize(x, mean, std)
+    if recipe.random_erase:
+        x = random_erase(x, recipe.random_erase)
+    if epoch < recipe.mixed_epochs and torch.rand(()) < recipe.mix_prob:
+        return mix(x, labels, classes, recipe.mixup, recipe.cutmix)
+    return x, F.one_hot(labels, classes).float()
+
+def crop_and_flip(x: Tensor, padding: int, flip: float) -> Tensor:
+    """Shift each image by up to `padding` pixels, reflecting its edge, and mirror some of them.
+    (b, c, h, w) -> (b, c, h, w)"""
+    b, _, h, w = x.shape
+    if padding:
+        padded = F.pad(x, [padding] * 4, mode="reflect")
+        windows = padded.unfold(2, h, 1).unfold(3, w, 1)  # (b, c, places, places, h, w), a view
+        top = torch.randint(2 * padding + 1, (b,))
+        left = torch.randint(2 * padding + 1, (b,))
+        x = windows[torch.arange(b), :, top, left]
+    mirrored = torch.rand(b, 1, 1, 1) < flip
+    return torch.where(mirrored, x.flip(3), x)
 
 def rand_augment(x: Tensor, level: float) -> Tensor:
-    """RandAugment (Cubuk et al., 2019) as the paper means it: timm's rand-m9-mstd0.5-inc1.
-    Twice, each image draws one of the fifteen operations and applies it with probability 1/2. The
+    """RandAugment (Cubuk et al., 2019) in the paper's version, timm's rand-m9-mstd0.5-inc1.
+
+    Twice, each image draws one of the fifteen operations and applies it with probability 1/2. Its
     strength is drawn from N(level, 0.5) / 10, where 1 is the operation's largest. (torchvision's
-    magnitude of 9 means 9 of 30, always applied.) x: (b, 3, h, w) from 0 to 1, changed in place."""
+    magnitude of 9 means 9 of 30, always applied.) x: (b, 3, h, w) from 0 to 1, changed in place.
+    """
+    b = len(x)
     for _ in range(2):
-        choice = torch.randint(len(RAND_AUGMENT_OPS), (len(x),))
-        choice[torch.rand(len(x)) < 0.5] = -1  # no operation
-        strength = (level + 0.5 * torch.randn(len(x))).clamp(0, 10) / 10
-        strength = torch.where(torch.rand(len(x)) < 0.5, strength, -strength)
+        choice = torch.randint(len(RAND_AUGMENT_OPS), (b,))
+        choice[torch.rand(b) < 0.5] = -1  # no operation
+        strength = (level + 0.5 * torch.randn(b)).clamp(0, 10) / 10
+        strength = torch.where(torch.rand(b) < 0.5, strength, -strength)
         for index, operation in enumerate(RAND_AUGMENT_OPS.values()):
-            if len(chosen := (choice == index).nonzero()[:, 0]):
-                m = rearrange(strength[chosen], "b -> b 1 1 1").to(x.device, non_blocking=True)
-                chosen = chosen.to(x.device, non_blocking=True)
+            chosen = (choice == index).nonzero()[:, 0]
+            if len(chosen):
+                m = rearrange(strength[chosen], "b -> b 1 1 1")
                 x[chosen] = operation(x[chosen], m)
     return x
 
-# --- 6. Data ------------------------------------------------------------------------------------
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows lacks the last two
-SMALL = 64  # images of up to this side are decoded once and kept in memory
-say = tqdm.write  # prints above the progress bar
+# The operations of RandAugment, with timm's ranges. x: (b, 3, h, w) from 0 to 1. m: (b, 1, 1, 1),
+# the strength from -1 to 1. Operations with one direction ignore its sign.
+def auto_contrast(x: Tensor, m: Tensor) -> Tensor:
+    return TF.autocontrast(x)
 
-class UserError(Exception):
-    """A mistake or a failure that the user can mend. Its text is shown as one line."""
+def equalize(x: Tensor, m: Tensor) -> Tensor:
+    return TF.equalize(x)
 
-def reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def invert(x: Tensor, m: Tensor) -> Tensor:
+    return 1 - x
 
-def some(names: list, most: int = 4) -> str:
-    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
+def posterize(x: Tensor, m: Tensor) -> Tensor:
+    """Clear the lowest 4 to 8 of a pixel's 8 bits."""
+    step = 2 ** (4 + (4 * m.abs()).int())
+    return (x * 255).round() // step * step / 255
+
+def solarize(x: Tensor, m: Tensor) -> Tensor:
+    """Invert the bright pixels."""
+    threshold = 256 - (256 * m.abs()).int()
+    return torch.where((x * 255).round() < threshold, x, 1 - x)
+
+def solarize_add(x: Tensor, m: Tensor) -> Tensor:
+    """Brighten the dark pixels."""
+    brighter = (x + (110 * m.abs()).int() / 255).clamp(max=1)
+    return torch.where((x * 255).round() < 128, brighter, x)
+
+def color(x: Tensor, m: Tensor) -> Tensor:
+    return blend(x, TF.rgb_to_grayscale(x), 0.9 * m)
+
+def contrast(x: Tensor, m: Tensor) -> Tensor:
+    grey = reduce(TF.rgb_to_grayscale(x), "b c h w -> b 1 1 1", "mean")
+    return blend(x, grey, 0.9 * m)
+
+def brightness(x: Tensor, m: Tensor) -> Tensor:
+    return blend(x, torch.zeros(()), 0.9 * m)
+
+def sharpness(x: Tensor, m: Tensor) -> Tensor:
+    return blend(x, TF.adjust_sharpness(x, 0), 0.9 * m)
+
+def blend(x: Tensor, base: Tensor, amount: Tensor) -> Tensor:
+    """Move x away from `base` (amount > 0) or towards it (amount < 0)."""
+    return (x + amount * (x - base)).clamp(0, 1)
+
+def rotate(x: Tensor, m: Tensor) -> Tensor:
+    angle = math.radians(30) * m.flatten()
+    return warp(x, [angle.cos(), -angle.sin(), 0], [angle.sin(), angle.cos(), 0])
+
+def shear_x(x: Tensor, m: Tensor) -> Tensor:
+    return warp(x, [1, 0.3 * m.flatten(), 0], [0, 1, 0])
+
+def shear_y(x: Tensor, m: Tensor) -> Tensor:
+    return warp(x, [1, 0, 0], [0.3 * m.flatten(), 1, 0])
+
+def translate_x(x: Tensor, m: Tensor) -> Tensor:  # up to 0.45 of the side, which is 2 units long
+    return warp(x, [1, 0, 2 * 0.45 * m.flatten()], [0, 1, 0])
+
+def translate_y(x: Tensor, m: Tensor) -> Tensor:
+    return warp(x, [1, 0, 0], [0, 1, 2 * 0.45 * m.flatten()])
+
+def warp(x: Tensor, *rows: list[Tensor | float]) -> Tensor:
+    """y(position) = x(matrix · position), where a position is (x, y, 1), from -1 to 1, and the
+    matrix has two rows of three numbers or tensors (b,). Grey where x has no pixel."""
+    b = len(x)
+    matrix = torch.empty(b, 2, 3)
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            matrix[:, i, j] = value
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return F.grid_sample(x - 0.5, grid, align_corners=False) + 0.5
+
+RAND_AUGMENT_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    operation.__name__: operation for operation in (
+        auto_contrast, equalize, invert, rotate, posterize, solarize, solarize_add, color, contrast,
+        brightness, sharpness, shear_x, shear_y, translate_x, translate_y)}
+
+def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Bring each channel to mean 0 and standard deviation 1 over the data set. (b, c, h, w)"""
+    mean = rearrange(mean.to(x.device), "c -> c 1 1")
+    std = rearrange(std.to(x.device), "c -> c 1 1")
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+def random_erase(x: Tensor, chance: float) -> Tensor:
+    """Fill a random rectangle of some images with noise (Zhong et al., 2017). (b, c, h, w)
+    It covers 2 to 33 % of the image. The noise has the mean and variance of normalized pixels."""
+    b, _, h, w = x.shape
+    tries = 10  # rectangles that do not fit are drawn again, as in torchvision
+    area = h * w * (0.02 + (1 / 3 - 0.02) * torch.rand(b, tries))
+    ratio = torch.exp(math.log(0.3) * (2 * torch.rand(b, tries) - 1))  # 0.3 to 1 / 0.3
+    heights = (area * ratio).sqrt().round()
+    widths = (area / ratio).sqrt().round()
+    fits = (heights < h) & (widths < w)
+    first = rearrange(fits.int().argmax(1), "b -> b 1")
+    height = heights.gather(1, first)  # (b, 1)
+    width = widths.gather(1, first)
+    top = (torch.rand(b, 1) * (h - height + 1)).floor()
+    left = (torch.rand(b, 1) * (w - width + 1)).floor()
+    rows = (torch.arange(h) >= top) & (torch.arange(h) < top + height)  # (b, h)
+    columns = (torch.arange(w) >= left) & (torch.arange(w) < left + width)  # (b, w)
+    erased = (torch.rand(b, 1) < chance) & fits.any(1, keepdim=True)
+    rows &= erased
+    inside = rearrange(rows, "b h -> b 1 h 1") & rearrange(columns, "b w -> b 1 1 w")
+    return torch.where(inside, torch.randn(x.shape), x)
+
+def mix(x: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float,
+        ) -> tuple[Tensor, Tensor]:
+    """MixUp or CutMix, with equal chances if both have an alpha above 0. Images (b, c, h, w) and
+    labels (b,) -> mixed images, and targets (b, classes) that say which share is of which class."""
+    kinds = []
+    if mixup:
+        kinds.append(T.MixUp(alpha=mixup, num_classes=classes))
+    if cutmix:
+        kinds.append(T.CutMix(alpha=cutmix, num_classes=classes))
+    if not kinds:
+        return x, F.one_hot(labels, classes).float()
+    kind = kinds[int(torch.randint(len(kinds), ()))]
+    return kind(x, labels)
+
+
+# --- 8. Data ------------------------------------------------------------------------------------
+SMALL = 64  # images of up to this size are read once and kept in memory
+
+class Data(NamedTuple):
+    train: Images
+    val: Images | None  # held out of the training images and not augmented; best.pt is best on them
+    test: Images  # measured at the end; nothing is chosen by it
+    classes: list[str]
+    mean: Tensor  # (3,), of pixels from 0 to 1
+    std: Tensor
+    fingerprint: str  # of the training images, those held out included
+    test_fingerprint: str
+
+def prepare_data(recipe: Recipe, source: Source | None = None,
+                 splits: tuple[Images, Images] | None = None) -> Data:
+    """Load all images. Their mean and standard deviation are the source's, if there is one."""
+    train = splits[0] if splits else load_split(recipe, train=True)
+    test = splits[1] if splits else load_split(recipe, train=False, classes=train.classes)
+    listed = fingerprint(train, recipe), fingerprint(test, recipe)
+    every = prepare_images(train, recipe)
+    test = prepare_images(test, recipe)
+    empty = {*range(len(train.classes))} - {*every.labels.tolist()}
+    if empty:
+        names = shorten([train.classes[i] for i in sorted(empty)])
+        raise UserError(f"there are no training images of {names} that can be read")
+    train, val = hold_out(every, recipe.val_size)
+    if train.square and recipe.crop_scale < 1:
+        train = replace(train, square=T.RandomResizedCrop(
+            recipe.img_size, (recipe.crop_scale, 1), interpolation=T.InterpolationMode.BICUBIC))
+    if source:
+        mean, std = (torch.tensor(source.expects[name]) for name in ("mean", "std"))
+    else:
+        mean, std = channel_statistics(every, recipe.workers)
+    return Data(train, val, test, every.classes, mean, std, *listed)
 
 @dataclass
-class Images(Dataset):
-    """Images and their classes. A list of numbers selects a batch: (b, 3, h, w), labels (b,)."""
-    images: Tensor | list  # bytes (n, 3, h, w); or paths or arrays (h, w, 3), read when needed
-    labels: Tensor  # (n,)
+class Images:
+    """Images and their classes.
+
+    images: bytes (n, 3, h, w); or a list of paths or of arrays (h, w, 3) of bytes, which are read
+    when they are needed. labels: (n,), numbers of classes. square: makes a square picture of one of
+    any size; None for bytes.
+    """
+    images: Tensor | Sequence[str | np.ndarray]
+    labels: Tensor
     classes: list[str]
-    cut: Callable[[Image.Image], Image.Image] | None = None  # makes squares of what is read
-    seed: int = 0  # with an image's number, the seed of its random crop
+    square: Callable[[Image.Image], Image.Image] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, numbers: list[int]) -> tuple[Tensor, Tensor] | UserError:
-        if not self.cut:
-            return self.images[numbers], self.labels[numbers]
-        squares = []
-        for number in numbers:
-            try:
-                picture = as_shown(self.images[number])
-            except Exception as error:  # noqa: BLE001, `batches` raises it, without a traceback
-                return UserError(f"cannot read the image {self.images[number]} ({reason(error)}); "
-                                 "--skip-bad leaves such images out")
-            torch.manual_seed(self.seed - number)  # torchvision's transforms take no generator
-            squares.append(TF.pil_to_tensor(self.cut(picture)))
-        return torch.stack(squares), self.labels[numbers]
+    def read(self, numbers: list[int]) -> Tensor:
+        """The images with these numbers, bytes (b, 3, h, w). Raises UserError."""
+        if self.square is None:
+            return self.images[numbers]
+        return torch.stack([self.read_picture(number) for number in numbers])
 
-    def part(self, numbers: list[int]) -> "Images":
-        images = [self.images[i] for i in numbers] if self.cut else self.images[numbers]
-        return replace(self, images=images, labels=self.labels[numbers])
+    def read_picture(self, number: int) -> Tensor:
+        item = self.images[number]
+        try:
+            return TF.pil_to_tensor(self.square(as_shown(item)))
+        except Exception as error:  # Pillow raises anything for a damaged file
+            name = item if isinstance(item, str) else f"number {number}"
+            reason = re.sub(r" <.*>", "", first_line(error))  # the address of a buffer in memory
+            raise UserError(f"cannot read the image {name} ({reason}); --skip-bad leaves such "
+                            "images out, also together with --resume") from error
 
-def as_shown(item: str | np.ndarray) -> Image.Image:
-    """A picture as a viewer shows it, in RGB: upright, 16 bits scaled to 8, on a white ground."""
-    if isinstance(item, str):  # as bytes: given a name, Pillow 13 garbles some rotated grey TIFFs
-        picture = Image.open(io.BytesIO(Path(item).read_bytes()))
+    def subset(self, numbers: Sequence[int]) -> Images:
+        if isinstance(self.images, Tensor):
+            images = self.images[list(numbers)]
+        else:
+            images = [self.images[i] for i in numbers]
+        return replace(self, images=images, labels=self.labels[list(numbers)])
+
+def load_split(recipe: Recipe, train: bool, classes: list[str] | None = None) -> Images:
+    """The training or the test images, not read yet. classes: the classes in order, if known."""
+    if recipe.dataset == "synthetic":
+        return draw_shapes(5000 if train else 1000, recipe.img_size, seed=int(train))
+    if recipe.dataset == "folder":
+        return load_folder(recipe, train, classes)
+    return load_torchvision(recipe, train)
+
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+
+def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Images:
+    """The images in DIR/train, or in DIR/test or DIR/val. If DIR has neither, its sub-folders are
+    the classes, and every fifth image of each is a test image."""
+    root = Path(recipe.data_dir)
+    present = [root / name for name in TRAIN_FOLDERS + TEST_FOLDERS if (root / name).is_dir()]
+    names = TRAIN_FOLDERS if train else TEST_FOLDERS
+    places = [place for place in present if place.name in names]
+    if places:
+        place = places[0]
+        found = find_images(place)
+        for other in places[1:]:
+            note(f"{other} is not used, since there is {place}")
+    elif not present and root.is_dir():
+        place = root
+        found = {}
+        for name, paths in find_images(root).items():
+            found[name] = [path for i, path in enumerate(paths) if (i % 5 == 4) != train]
+        note(f"{root} has no folder train: every fifth image of each class is a test image")
     else:
-        picture = Image.fromarray(item)
-    deep = picture.mode[:4] == "I;16" or picture.mode == "I" and picture.format in ("PNG", "PPM")
-    picture = ImageOps.exif_transpose(picture)
-    if deep:
-        picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise ValueError("which of its 32-bit values is white is unknown: convert it to 16 bits")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+        raise UserError(f"--data-dir {root} has no folder {' or '.join(names)}")
+    for name in [name for name in found if not found[name]]:
+        note(f"{place} has no images of {name}")
+        del found[name]
+    if not found:
+        raise UserError(f"{place} needs a folder per class with images in it"
+                        + (". --predict takes pictures without classes" if not train else ""))
+    classes = classes or list(found)
+    unknown = [name for name in found if name not in classes]
+    if unknown or len(classes) < 2:
+        raise UserError(f"{place} has images of {shorten(list(found))}; expected are two or more "
+                        f"classes, {shorten(classes)}")
+    if missing := [name for name in classes if name not in found]:
+        note(f"{place} has no images of {shorten(missing)}")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        paths += found.get(name, [])
+        labels += [label] * len(found.get(name, []))
+    return Images(paths, torch.tensor(labels), classes)
+
+# Folders that systems and other programs leave behind; hidden ones are left out, too.
+FOREIGN = {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "@Recycle", "lost+found", "$RECYCLE.BIN",
+           "System Volume Information"}
 
 def find_images(root: Path) -> dict[str, list[str]]:
     """Map each class, a sub-folder of root, to the paths of all images below it.
-    A note counts what is left out: hidden files, other programs' folders (@eaDir), extensions that
-    Pillow does not know, and links to folders below a class, which may lead to other classes or in
+    A note counts what is left out: hidden files, other programs' folders, extensions that Pillow
+    does not know, and links to folders below a class, which may lead to other classes or in
     circles. Raises UserError for a folder that cannot be read."""
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename} ({error.strerror})")
-    Image.init()
-    known = {ext for ext, form in Image.registered_extensions().items() if form in Image.OPEN}
-    found, left_out = {}, Counter()
-    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        name = os.path.relpath(place, root).split(os.sep)[0]
-        odd = [folder for folder in folders if folder.startswith((".", "@", "#", "__MACOSX"))
-               or name != "." and os.path.islink(os.path.join(place, folder))]
-        folders[:] = sorted({*folders} - {*odd})  # which os.walk enters
-        suffixes = {file: os.path.splitext(file)[1].lower() for file in sorted(files)}
-        fine = [] if name == "." else [
-            file for file, suffix in suffixes.items() if suffix in known and file[0] != "."]
-        left_out.update(odd + [f"*{suffixes[file]}" for file in {*files} - {*fine}])
-        found.setdefault(name, []).extend(os.path.join(place, file) for file in fine)
-    if counts := [f"{count} {what}" for what, count in left_out.most_common()]:
-        say(f"note: {root}: left out what is no image of a class: {some(counts, 9)}", sys.stderr)
-    return {name: found[name] for name in sorted(found) if name != "."}
+    found: dict[str, list[str]] = {}
+    left_out: Counter[str] = Counter()
+    try:
+        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    except OSError as error:
+        refuse(error)
+    for entry in entries:
+        if not entry.is_dir():
+            left_out[f"*{Path(entry.name).suffix}"] += 1
+        elif is_foreign(entry.name):
+            left_out[entry.name] += 1
+        else:
+            # The same name can be written in two ways in Unicode, say by macOS and by Linux.
+            name = unicodedata.normalize("NFC", entry.name)
+            found[name] = pictures_below(entry.path, left_out, refuse)
+    if left_out:
+        counts = [f"{count} {what}" for what, count in left_out.most_common()]
+        note(f"{root}: left out what is no image of a class: {shorten(counts, 9)}")
+    return {name: found[name] for name in sorted(found)}
 
-def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Images:
-    """The images in DIR/train, or DIR/test or DIR/val. `classes` are those to expect, in order."""
-    parts = ("train",) if train else ("test", "val")
-    places = [Path(recipe.data_dir, part) for part in parts if Path(recipe.data_dir, part).is_dir()]
-    if not places:
-        raise UserError(f"--data-dir {recipe.data_dir} has no folder {' or '.join(parts)}")
-    found = find_images(places[0])
-    classes = classes or [*found]
-    missing = [name for name in classes if not found.get(name)]
-    unknown = [name for name in found if name not in classes]
-    if unknown or len(found) < 2 or missing and (train or not any(found.values())):
-        raise UserError(f"{places[0]} must have images of the classes of training, two or more; "
-                        f"missing: {some(missing)}; unknown: {some(unknown)}")
-    if missing:
-        say(f"note: {places[0]} has no images of {some(missing)}", sys.stderr)
-    labels = [i for i, name in enumerate(classes) for _ in found.get(name, [])]
-    return Images([path for name in classes for path in found.get(name, [])],
-                  torch.tensor(labels), classes)
+def is_foreign(name: str) -> bool:
+    return name.startswith(".") or name in FOREIGN
+
+def pictures_below(root: str, left_out: Counter, refuse: Callable[[OSError], None]) -> list[str]:
+    """The paths of all images in a folder and its sub-folders, in order."""
+    suffixes = picture_suffixes()
+    paths = []
+    for place, folders, files in os.walk(root, onerror=refuse):
+        entered = []
+        for folder in sorted(folders):
+            if is_foreign(folder) or os.path.islink(os.path.join(place, folder)):
+                left_out[folder] += 1
+            else:
+                entered.append(folder)
+        folders[:] = entered  # tells os.walk where to go
+        for file in sorted(files):
+            suffix = os.path.splitext(file)[1].lower()
+            if suffix in suffixes and not file.startswith("."):
+                paths.append(os.path.join(place, file))
+            else:
+                left_out[f"*{suffix}"] += 1
+    return paths
+
+@cache
+def picture_suffixes() -> set[str]:
+    Image.init()
+    return {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
 
 def load_torchvision(recipe: Recipe, train: bool) -> Images:
     """A data set of torchvision, downloaded if need be; ImageNet cannot be."""
-    root, name, split = recipe.data_dir, recipe.dataset, "train" if train else "test"
+    root, name = recipe.data_dir, recipe.dataset
     try:
         if name == "imagenet":  # by identifiers, since two classes have the name "crane"
-            data = torchvision.datasets.ImageNet(root, split.replace("test", "val"))
-            return Images([*dict(data.samples)], torch.tensor(data.targets), data.wnids)
+            data = torchvision.datasets.ImageNet(root, "train" if train else "val")
+            paths = [path for path, _ in data.samples]
+            return Images(paths, torch.tensor(data.targets), data.wnids)
         if name == "food101":
-            data = torchvision.datasets.Food101(root, split, download=True)
-            return Images([*map(str, data._image_files)], torch.tensor(data._labels), data.classes)
+            data = torchvision.datasets.Food101(root, "train" if train else "test", download=True)
+            paths = [str(path) for path in data._image_files]
+            return Images(paths, torch.tensor(data._labels), data.classes)
         data = getattr(torchvision.datasets, name.upper())(root, train, download=True)
-        return Images([*data.data], torch.tensor(data.targets), data.classes)
+        return Images(list(data.data), torch.tensor(data.targets), data.classes)
     except (OSError, RuntimeError, ImportError) as error:
-        raise UserError(f"{name} could not be loaded ({reason(error)}). README.md says which file "
-                        f"{root}/ lacks; or use --dataset folder or synthetic") from error
+        raise UserError(f"{name} could not be loaded ({first_line(error)}). README.md says which "
+                        f"file {root}/ lacks; or use --dataset folder or synthetic") from error
 
 SHAPES = {"star": 0.6, "diamond": 1, "disk": 2, "square": 9}  # exponents p: |u|^p + |v|^p < 1
 
 def draw_shapes(count: int, size: int, seed: int) -> Images:
     """Noisy pictures of the four shapes, full or hollow, at random places, sizes and colours."""
     generator = torch.Generator().manual_seed(seed)
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(count, *shape, 1, 1, generator=generator)
+    powers = torch.tensor(list(SHAPES.values()))
     labels = torch.arange(count) % (2 * len(SHAPES))
-    power = rearrange(torch.tensor([*SHAPES.values()])[labels // 2], "n -> n 1 1")
     axis = torch.linspace(-1, 1, size)
-    u = (axis - uniform(-0.3, 0.3)).abs() / uniform(0.4, 0.7)
-    v = (rearrange(axis, "h -> h 1") - uniform(-0.3, 0.3)).abs() / uniform(0.4, 0.7)
-    distance = (u**power + v**power) ** (1 / power)
-    inside = (distance < 1) & (distance > 0.6 * rearrange(labels % 2, "n -> n 1 1"))
-    images = uniform(0, 0.4, 3) + uniform(0.4, 0.6, 3) * rearrange(inside, "n h w -> n 1 h w")
-    images += 0.08 * torch.randn(images.shape, generator=generator)
-    return Images((images.clamp(0, 1) * 255).byte(), labels,
-                  [f"{kind} {name}" for name in SHAPES for kind in ("full", "hollow")])
 
-def evaluation_cut(size: int, crop_pct: float | None) -> T.Transform:
-    """Make a square of this side from a picture of any size, as the authors do for evaluation."""
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, 1, 1, generator=generator)
+
+    parts = []
+    for part in labels.split(500):
+        n = len(part)
+        power = rearrange(powers[part // 2], "n -> n 1 1")
+        hollow = rearrange(part % 2, "n -> n 1 1")
+        u = (axis - uniform(-0.3, 0.3, n)).abs() / uniform(0.4, 0.7, n)
+        v = (rearrange(axis, "h -> h 1") - uniform(-0.3, 0.3, n)).abs() / uniform(0.4, 0.7, n)
+        distance = (u**power + v**power) ** (1 / power)
+        inside = (distance < 1) & (distance > 0.6 * hollow)
+        images = uniform(0, 0.4, n, 3)
+        images = images + uniform(0.4, 0.6, n, 3) * rearrange(inside, "n h w -> n 1 h w")
+        images += 0.08 * torch.randn(images.shape, generator=generator)
+        parts.append((images.clamp(0, 1) * 255).byte())
+    classes = [f"{kind} {name}" for name in SHAPES for kind in ("full", "hollow")]
+    return Images(torch.cat(parts), labels, classes)
+
+def prepare_images(images: Images, recipe: Recipe) -> Images:
+    """Images as they are evaluated: squares of --img-size. Small ones are read at once."""
+    size = recipe.img_size
+    if isinstance(images.images, Tensor):
+        if images.images.shape[2:] != (size, size):
+            side = images.images.shape[-1]
+            raise UserError(f"the images are {side} pixels wide: give --img-size {side}")
+        return images
+    images = replace(images, square=evaluation_square(size, recipe.crop_pct))
+    if recipe.skip_bad:
+        images = without_bad(images)
+    if size > SMALL:
+        return images
+    batches = tqdm(evaluation_batches(images, recipe.workers), "reading images", disable=None,
+                   leave=False)
+    return replace(images, images=torch.cat([x for x, _ in batches]), square=None)
+
+def evaluation_square(size: int, crop_pct: float | None) -> T.Transform:
+    """Make a square from a picture of any size, as the authors do for evaluation: the middle 224
+    pixels of 256, or of a small image all. From 384 pixels on they squeeze the whole image."""
     bicubic = T.InterpolationMode.BICUBIC
     if size >= 384 and crop_pct is None:
         return T.Resize((size, size), interpolation=bicubic)
-    share = 1 if size <= SMALL else crop_pct or 0.875  # 224 of 256
+    share = 1 if size <= SMALL else crop_pct or 0.875
     return T.Compose([T.Resize(int(size / share), interpolation=bicubic), T.CenterCrop(size)])
 
-def load_split(recipe: Recipe, train: bool, classes: list[str] | None = None) -> Images:
-    """The training or the test images, as they are evaluated. classes: in this order, if known."""
+def without_bad(images: Images) -> Images:
+    """Leave out what cannot be read."""
+    good, bad = [], []
+    for i in tqdm(range(len(images)), "checking images", disable=None, leave=False):
+        try:
+            images.read_picture(i)
+            good.append(i)
+        except UserError:
+            bad.append(images.images[i])
+    if bad:
+        note(f"{len(bad)} images cannot be read and are left out: {shorten(bad)}")
+    if not good:
+        raise UserError("no image can be read")
+    return images.subset(good)
+
+def as_shown(item: str | np.ndarray) -> Image.Image:
+    """A picture as a viewer shows it, in RGB: upright, 16 bits scaled to 8, on a white ground."""
+    if isinstance(item, str):  # Pillow 13 garbles some rotated grey TIFFs that it opens by name
+        picture = Image.open(io.BytesIO(Path(item).read_bytes()))
+    else:
+        picture = Image.fromarray(item)
+    is_deep = picture.mode.startswith("I;16")
+    is_deep |= picture.mode == "I" and picture.format in ("PNG", "PPM")
+    if picture.format == "TIFF" and picture.mode == "RGBA" and not picture.tag_v2.get(338):
+        # Tag 338 says what a fourth band is. Without it, the band may be infrared.
+        note("the fourth band of TIFFs that do not call it transparency is left out")
+        picture.load()
+        picture = Image.merge("RGB", picture.split()[:3])
+    with contextlib.suppress(Exception):  # broken EXIF data: the picture as it is stored
+        picture = ImageOps.exif_transpose(picture)
+    if is_deep:
+        picture = to_8_bits(np.asarray(picture))
+    if picture.mode in ("I", "F"):
+        raise ValueError("which of its 32-bit values is white is unknown: convert it to 16 bits")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(ground, picture)
+    return picture.convert("RGB")
+
+def to_8_bits(values: np.ndarray) -> Image.Image:
+    """A grey picture of 16 bits. Cameras and scanners store 12 or 8 bits in such files, too."""
+    largest = int(values.max(initial=0))
+    bits = 16 if largest >= 2**12 else 12 if largest >= 2**8 else 8
+    if bits < 16:
+        note(f"16-bit pictures without a value above {2**bits - 1} are read as {bits}-bit pictures")
+    return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+
+def hold_out(images: Images, val_size: float) -> tuple[Images, Images | None]:
+    """Split off val_size images, or below 1 that share, equally from all classes."""
+    count = round(val_size * len(images)) if val_size < 1 else int(val_size)
+    if not count:
+        return images, None
+    if count >= len(images):
+        raise UserError(f"--val-size must be below the {len(images):,} training images")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    # Each image gets its place among those of its class, from 0 to 1. The first `count` are held
+    # out, which are equally many, as far as possible, from each class.
+    place = torch.zeros(len(images), dtype=torch.double)
+    for label in range(len(images.classes)):
+        members = order[images.labels[order] == label]
+        place[members] = (torch.arange(len(members)) + 0.5).double() / len(members)
+    order = order[place[order].argsort(stable=True)]
+    val, train = images.subset(order[:count].tolist()), images.subset(order[count:].tolist())
+    lost = {*images.labels.tolist()} - {*train.labels.tolist()}
+    if lost:
+        names = shorten([images.classes[i] for i in sorted(lost)])
+        raise UserError(f"--val-size {val_size:g} leaves no training images of {names}")
+    return train, val
+
+def channel_statistics(images: Images, workers: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (3,) of pixels from 0 to 1; above 64x64, of some 2,000 images."""
+    if images.square:
+        images = images.subset(range(0, len(images), max(1, len(images) // 2000)))
+    sums = torch.zeros(2, 3, dtype=torch.double)
+    for batch, _ in evaluation_batches(images, workers):
+        x = batch / 255
+        sums[0] += len(x) * reduce(x, "b c h w -> c", "mean")
+        sums[1] += len(x) * reduce(x**2, "b c h w -> c", "mean")
+    mean, mean_square = sums / len(images)
+    std = (mean_square - mean**2).clamp(min=1e-6).sqrt()  # with a single colour: no division by 0
+    return mean.float(), std.float()
+
+def fingerprint(images: Images, recipe: Recipe) -> str:
+    """A hash of the images' classes and order, and of their contents or their file names. Drawn
+    shapes are described by their settings: their last bits depend on the CPU."""
+    digest = hashlib.sha256(json.dumps([images.classes, images.labels.tolist()]).encode())
     if recipe.dataset == "synthetic":
-        return draw_shapes(5000 if train else 1000, recipe.img_size, seed=int(train))
-    data = load_folder(recipe, train, classes) if recipe.dataset == "folder" else (
-        load_torchvision(recipe, train))
-    data.cut = evaluation_cut(recipe.img_size, recipe.crop_pct)
-    if recipe.skip_bad:
-        numbers = tqdm(range(len(data)), "checking images", disable=None, leave=False)
-        bad = {i: data.images[i] for i in numbers if isinstance(data[[i]], UserError)}
-        say(f"note: {len(bad)} images cannot be read: {some([*bad.values()])}", sys.stderr)
-        data = data.part([i for i in range(len(data)) if i not in bad])
-    if recipe.img_size > SMALL:
-        return data
-    parts = tqdm(batches(data, 500, recipe.workers), "reading images", disable=None, leave=False)
-    return replace(data, images=torch.cat([images for images, _ in parts]), cut=None)
+        digest.update(f"shapes of {recipe.img_size} pixels".encode())
+        return digest.hexdigest()
+    for image in images.images:
+        if not isinstance(image, str):
+            digest.update(np.ascontiguousarray(image))
+        elif recipe.img_size > SMALL:
+            digest.update(os.fsencode(os.path.relpath(image, recipe.data_dir)))
+        else:
+            with contextlib.suppress(OSError):  # what cannot be read is reported later
+                digest.update(Path(image).read_bytes())
+    return digest.hexdigest()
 
-def ignore_signals(_worker: int) -> None:
-    """Leave signals, which may reach all processes, to the main one. For those that read images."""
-    for name in SIGNALS:
-        signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
+def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the augmented batches of all steps that the run has still to take."""
+    r = run.recipe
+    reader = TrainingBatches(run.data, r, run.epoch_steps)
+    order = training_order(len(run.data.train), r.batch_size, r.seed, run.step, run.total)
+    return read_in_processes(reader, order, r.workers, pin_memory=run.device.type == "cuda")
 
-def batches(data: Images, batch_size: int, workers: int, *, seed: int | None = None,
-            first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in order; or, with a seed, an epoch of training from batch number `first` on.
-    An epoch is shuffled and has no incomplete batch, unless that is the only one."""
-    order = torch.arange(len(data))
-    if seed is not None:
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-        order = order[: max(1, len(data) // batch_size) * batch_size]
-    loader = DataLoader(
-        replace(data, seed=seed or 0), batch_size=None, worker_init_fn=ignore_signals,
-        sampler=[part.tolist() for part in order.split(batch_size)][first:],
-        num_workers=workers if data.cut else 0, pin_memory=torch.cuda.is_available())
+def training_order(count: int, batch_size: int, seed: int, first: int,
+                   total: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield, for the steps from `first` on, the step and the numbers of its images. Each epoch is a
+    new permutation of all images, without an incomplete batch unless that is the only one."""
+    epoch_steps = max(1, count // batch_size)
+    for step in range(first, total):
+        epoch, position = divmod(step, epoch_steps)
+        if step == first or position == 0:
+            generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
+            order = torch.randperm(count, generator=generator).tolist()
+        yield step, order[position * batch_size : (position + 1) * batch_size]
+
+class TrainingBatches(Dataset):
+    """What the reading processes do: (step, numbers of images) -> augmented images and targets. The
+    random numbers follow from the seed and the step, whichever process draws them."""
+    def __init__(self, data: Data, recipe: Recipe, epoch_steps: int) -> None:
+        self.images = data.train
+        self.mean, self.std = data.mean, data.std
+        self.recipe, self.epoch_steps = recipe, epoch_steps
+
+    def __getitem__(self, item: tuple[int, list[int]]) -> tuple[Tensor, Tensor] | UserError:
+        step, numbers = item
+        torch.manual_seed(seed_for(self.recipe.seed, "augmentation", step))
+        try:
+            images = self.images.read(numbers)
+        except UserError as error:
+            return error  # raised by the main process; from here it would come with a traceback
+        labels = self.images.labels[numbers]
+        return augment(self.recipe, images, labels, len(self.images.classes), self.mean, self.std,
+                       step // self.epoch_steps)
+
+class EvaluationBatches(Dataset):
+    """Numbers of images -> bytes (b, 3, h, w) and labels (b,)."""
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitem__(self, numbers: list[int]) -> tuple[Tensor, Tensor] | UserError:
+        try:
+            return self.images.read(numbers), self.images.labels[numbers]
+        except UserError as error:
+            return error
+
+def evaluation_batches(images: Images, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield all images in order: bytes (b, 3, h, w) and labels (b,)."""
+    in_memory = images.square is None
+    numbers = torch.arange(len(images)).split(250 if in_memory else 64)
+    order = (part.tolist() for part in numbers)
+    return read_in_processes(EvaluationBatches(images), order, 0 if in_memory else workers)
+
+def read_in_processes(reader: Dataset, order: Iterable, workers: int,
+                      pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield reader[item] for the items in order, computed by other processes ahead of time."""
+    loader = DataLoader(reader, batch_size=None, sampler=order, num_workers=workers,
+                        worker_init_fn=prepare_process, pin_memory=pin_memory)
     try:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except (RuntimeError, ConnectionError) as error:  # a killed process, or no memory
-        raise UserError(f"{reason(error)}; try fewer --workers") from error
+    except (RuntimeError, ConnectionError) as error:
+        killed = "DataLoader worker (pid" in str(error) or isinstance(error, ConnectionError)
+        if killed or "shared memory" in str(error):
+            raise UserError(f"{first_line(error)}; try fewer --workers") from error
+        raise
 
-def channel_statistics(data: Images, workers: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (3,) of pixels from 0 to 1; of large images, of about 2,000."""
-    data = data.part(range(0, len(data), max(1, len(data) // 2000))) if data.cut else data
-    sums = [torch.cat([reduce(x / 255.0, "b c h w -> c", "mean"),
-                       reduce((x / 255.0) ** 2, "b c h w -> c", "mean")]).double() * len(x)
-            for x, _ in batches(data, 500, workers)]
-    mean, mean_square = (sum(sums) / len(data)).chunk(2)
-    std = (mean_square - mean**2).clamp(min=1e-6).sqrt()  # with a single colour: no division by 0
-    return mean.float(), std.float()
+def prepare_process(_worker: int) -> None:
+    """Leave signals, which may reach all processes, to the main one."""
+    for name in SIGNALS:
+        signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
 
-def fingerprint(data: Images, root: str) -> str:
-    """A hash of the images' classes and order, and of their pixels or, above 64x64, file names."""
-    digest = hashlib.sha256(json.dumps([data.classes, data.labels.tolist()]).encode())
-    for image in data.images:
-        digest.update(os.fsencode(os.path.relpath(image, root)) if isinstance(image, str)
-                      else np.ascontiguousarray(image))
-    return digest.hexdigest()
+def seed_for(seed: int, purpose: str, number: int) -> int:
+    """A seed of its own for each purpose and step or epoch, so that a resumed run draws the same."""
+    digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
 
-class Data(NamedTuple):
-    train: Images
-    val: Images | None  # held out of the training images, not augmented; may choose best.pt
-    test: Images  # chooses nothing
-    classes: list[str]
-    mean: Tensor  # (3,), on the training device
-    std: Tensor
-    fingerprint: str  # of the training images, those held out included
 
-def prepare_data(recipe: Recipe, device: torch.device, source: "Source | None" = None) -> Data:
-    """Load all images. Their mean and standard deviation are the source's, if there is one."""
-    train, val = load_split(recipe, train=True), None
-    plain, test = train, load_split(recipe, train=False, classes=train.classes)
-    if train.cut:
-        train = replace(train, cut=T.RandomResizedCrop(
-            recipe.img_size, (recipe.crop_scale, 1), interpolation=T.InterpolationMode.BICUBIC))
-    if recipe.val_size >= len(plain):
-        raise UserError(f"--val-size must be below the {len(plain):,} training images")
-    if recipe.val_size:
-        order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
-        val, train = plain.part(order[: recipe.val_size]), train.part(order[recipe.val_size :])
-    mean, std = ((torch.tensor(source.images[name]) for name in ("mean", "std")) if source else
-                 channel_statistics(plain, recipe.workers))
-    return Data(train, val, test, plain.classes, mean.to(device), std.to(device),
-                fingerprint(plain, recipe.data_dir))
-
-# --- 7. Weights ---------------------------------------------------------------------------------
-MADE_BY = "train.py, format 2"  # marks this program's files
+# --- 9. Checkpoints -----------------------------------------------------------------------------
+MADE_BY = "train.py, format 3"  # marks this program's files
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "img_size": 224}
 
-class Source(NamedTuple):
-    """What a file or a download holds."""
+@dataclass
+class Source:
+    """Weights that were read, from a file or a download, and what is known about them."""
     name: str
-    weights: convnext.Weights | None  # averaged, where there is an average; None for the road
-    network: dict[str, Any]  # variant, patch_size, layer_scale, num_classes: from the weights
-    images: dict[str, Any]  # that the network expects: mean, std, img_size and perhaps crop_pct
-    notes: dict[str, Any]  # args, classes and more, if this program made the file
+    network: dict[str, Any]  # the settings that describe the network
+    num_classes: int
+    tensors: Mapping[str, Tensor]  # averaged, where there is an average
+    weights: convnext.Weights | None  # the same, with their layout; None for the road
+    expects: dict[str, Any]  # mean, std, img_size and perhaps crop_pct of its images
+    classes: list[str] | None  # names, if they are known
+    settings: dict[str, Any]  # of the run that made the file; {} for other programs' files
+    state: Mapping[str, Any]  # a whole last.pt, for --resume; {} for other files
 
-@contextlib.contextmanager
-def naming(source: str) -> Iterator[None]:
-    """Turn what reading or fitting weights raises into one line that names their source."""
-    try:
-        yield
-    except Exception as error:
-        downloaded = source.startswith(convnext.DOWNLOADS)  # by clients with errors of their own
-        if not downloaded and not isinstance(error, OSError | ValueError | ImportError):
-            raise
-        text = "no such file" if isinstance(error, FileNotFoundError) else reason(error)
-        raise UserError(text if source in text else f"{source}: {text}") from error
+def open_source(name: str) -> Source:
+    """Read weights of any layout. Raises UserError unless they are a ConvNeXt's or, from this
+    program, a network's of the road. Notes are trusted only in files with this program's mark."""
+    with one_line_errors(name):
+        content, metadata, settings = convnext.read_source(name)
+        saved = saved_by_us(content, metadata)
+        args = saved.get("args", {})
+        if args.get("road"):
+            weights = None
+            tensors = road_tensors(content)
+            network = {key: args[key] for key in ("road", "width", "patch_size", "layer_scale")}
+            num_classes = len(saved["classes"])
+        else:
+            weights = convnext.read_weights(content)
+            tensors = weights.tensors
+            network = convnext.infer_architecture(weights)
+            num_classes = network.pop("num_classes")
+            channels = network.pop("in_channels")
+            if channels != 3:
+                raise ValueError(f"its images have {channels} channels, not 3")
+            variant = convnext.variant_of(network["depths"], network["dims"], network["grn"])
+            sizes = {key: network.pop(key) for key in ("depths", "dims", "grn")}
+            if variant:
+                network["variant"] = variant
+            else:
+                network |= sizes | {key: list(sizes[key]) for key in ("depths", "dims")}
+            if network["patch_size"] not in (1, 2, 4):
+                raise ValueError(f"its patches are {network['patch_size']} pixels wide")
+    known = settings | args | saved  # this program stores mean and std beside its settings
+    expects = {key: known[key] for key in (*IMAGENET, "crop_pct") if known.get(key) is not None}
+    if "mean" not in expects:
+        note(f"{name} does not say what images it expects: assuming 224x224 pixels and "
+             "ImageNet's mean and standard deviation")
+    state = content if saved and "step" in saved else {}
+    return Source(name, network, num_classes, tensors, weights, IMAGENET | expects,
+                  known.get("classes"), args, state)
+
+def saved_by_us(content: Mapping, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """What this program stored beside the weights; {} if the file is another program's."""
+    if str(content.get("made_by", "")).startswith("train.py, format"):
+        return content
+    if "checksum" not in metadata:
+        return {}
+    notes = {key: value for key, value in metadata.items() if key != "checksum"}
+    if metadata["checksum"] != checksum(content, notes):
+        raise ValueError("it is damaged: its checksum differs")
+    return {key: json.loads(value) for key, value in notes.items() if key != "made_by"}
+
+def road_tensors(content: Mapping) -> Mapping[str, Tensor]:
+    """The weights of a network of the road: the average in last.pt, if there is one."""
+    if "ema" in content:
+        prefix = "module."
+        return {name.removeprefix(prefix): tensor for name, tensor in content["ema"].items()
+                if name.startswith(prefix)}
+    return content.get("model", content)
 
 def checksum(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
     """A hash of what weights.safetensors holds: the format has no checksum of its own."""
     digest = hashlib.sha256(json.dumps(sorted(notes.items())).encode())
     for name in sorted(tensors):
-        digest.update(name.encode() + bytes(tensors[name].flatten().view(torch.uint8).numpy()))
+        values = tensors[name].cpu().contiguous().flatten()
+        digest.update(name.encode() + bytes(values.view(torch.uint8).numpy()))
     return digest.hexdigest()
 
-def open_weights(source: str, resume: bool = False) -> Source:
-    """Read a file or a download of any layout. Raises UserError unless it holds a ConvNeXt or, to
-    resume, a network of the road. Notes are trusted only in files with this program's mark."""
-    with naming(source):
-        content, metadata, images = convnext.read_source(source)
-        if content.get("made_by") == MADE_BY and content["args"].get("road"):
-            if not resume:
-                raise ValueError("it holds a network of the road, which --resume alone can take")
-            return Source(source, None, {}, {k: content[k] for k in ("mean", "std")}, content)
-        weights = convnext.read_weights(content)
-        network = convnext.infer_architecture(weights)
-        variant = convnext.variant_of(network["depths"], network["dims"], network["grn"])
-        network |= {"variant": variant} if variant else {}
-        if network["in_channels"] != 3:
-            raise ValueError(f"its images have {network['in_channels']} channels, not 3")
-        notes = content if content.get("made_by") == MADE_BY else {}
-        if "checksum" in metadata or metadata.get("made_by") == MADE_BY:
-            kept = {k: v for k, v in metadata.items() if k != "checksum"}
-            if metadata.get("checksum") != checksum(content, kept):
-                raise ValueError("it is damaged: its checksum differs")
-            notes = {k: json.loads(v) for k, v in kept.items() if k != "made_by"}
-    images = images or {k: v for k, v in (notes.get("args", {}) | {**notes}).items()
-                        if k in {*IMAGENET, "crop_pct"}}
-    if not images:
-        say(f"note: {source} does not say what images it expects; assumed are 224x224 pixels and "
-            "ImageNet's mean and standard deviation", sys.stderr)
-    return Source(source, weights, network, IMAGENET | images, notes)
+def load_network(source: Source) -> nn.Module:
+    """The source's network with its weights, in evaluation mode."""
+    with one_line_errors(source.name):
+        if source.weights:
+            return convnext.from_checkpoint(source.weights)
+        model = build_network(Recipe(**source.network), source.num_classes)
+        model.load_state_dict(source.tensors)
+        return model.eval()
 
 def check_classes(source: Source, classes: list[str]) -> None:
     """Refuse a classifier for other classes; say which are assumed if the source names none."""
-    known, count = source.notes.get("classes"), source.network["num_classes"]
-    if count != len(classes) or known not in (None, classes):
-        raise UserError(f"{source.name} has other classes or another order: {some(known or [])} "
-                        f"({count}), here {some(classes)} ({len(classes)})")
-    natural = sorted(classes, key=lambda name: [
-        int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())])
-    if not known:
-        say(f"note: {source.name} does not name its classes; assumed are {classes[0]} (0), "
-            f"{classes[1]} (1), ..., {classes[-1]} ({count - 1})" + (
-                f". WARNING: not in timm's order, {some(natural)}; with weights that are, all "
-                "results are wrong" if natural != classes == sorted(classes) else ""), sys.stderr)
+    count = source.num_classes
+    if count != len(classes) or source.classes not in (None, classes):
+        known = f"{shorten(source.classes)} ({count})" if source.classes else f"{count}, not named"
+        raise UserError(f"{source.name} has other classes or another order: {known}; here: "
+                        f"{shorten(classes)} ({len(classes)})")
+    if source.classes:
+        return
+    note(f"{source.name} does not name its classes: assuming {classes[0]} (0), {classes[1]} (1), "
+         f"..., {classes[-1]} ({count - 1})")
+    natural = sorted(classes, key=natural_order)
+    if classes == sorted(classes) and classes != natural:
+        note(f"timm sorts these classes in another way, {shorten(natural)}. WARNING: with weights "
+             "that were trained so, all results are wrong")
 
-def load_teacher(source: Source, run: "Run") -> Callable[[Tensor], Tensor]:
-    """The source's network, as a function of images (b, 3, h, w) normalised for the student."""
-    check_classes(source, run.data.classes)
-    with naming(source.name):
-        model = convnext.from_checkpoint(source.weights).requires_grad_(False)
-    model = model.to(run.device, memory_format=torch.channels_last)
-    stride = 8 * source.network["patch_size"]
-    if (run.recipe.start_size or run.recipe.img_size) < stride:
-        raise UserError(f"{source.name} takes images of {stride} or more pixels")
-    mean, std = (torch.tensor(source.images[name], device=run.device) for name in ("mean", "std"))
-    scale, shift = (rearrange(v, "c -> c 1 1")
-                    for v in (run.data.std / std, (run.data.mean - mean) / std))
-    return torch.no_grad()(lambda x: model(x * scale + shift))
+def natural_order(name: str) -> list:
+    """A key for sorting in which 2 comes before 10."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if part.isdecimal() else part for part in parts]
 
-# --- 8. Run -------------------------------------------------------------------------------------
-def fan_in_init(model: convnext.ConvNeXt) -> None:
-    """Draw all weights but the classifier's with standard deviation 1 / sqrt(fan_in), in place.
-    With inputs of variance 1, a linear layer's outputs have the standard deviation of its weights
-    times sqrt(fan_in). The paper's 0.02 makes that 0.55 at 768 channels, 0.20 at 96, and 0.13 at
-    40. The two layers of a branch with 40 channels then shrink its input to 0.016, and it has to
-    grow before it learns. Here each layer keeps the scale, at any width. The last layer's weights
-    are divided by sqrt(2 · blocks), so that the sum of all branches stays near 1. Cutting the
-    normal distribution at two standard deviations leaves 0.88 of these values."""
-    blocks = sum(map(len, model.stages))
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear) and name != "head.fc":
-            std = module.weight[0].numel() ** -0.5
-            if name.endswith("pwconv2"):
-                std /= (2 * blocks) ** 0.5
-            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+def save(run: Run) -> None:
+    """Write last.pt and metrics.csv and, at the end, weights.safetensors before them: a run that is
+    killed in between writes all of them again."""
+    check_finite(run)
+    if run.step == run.total and not run.to_measure:
+        save_weights(run)
+    write_file(run.folder / "last.pt", lambda path: torch.save(state_of(run), path))
+    if run.history:
+        columns = list(max(run.history, key=len))  # some rows have no evaluation
+        table = io.StringIO()
+        writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(run.history)
+        try:
+            write_file(run.folder / "metrics.csv", lambda path: path.write_text(table.getvalue()))
+        except UserError as error:  # on Windows, while another program shows it
+            note(f"{error}; the next epoch writes it again")
 
-def pick_device(name: str) -> torch.device:
-    try:
-        found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        return torch.empty(1, device=found if name == "auto" else name).device
-    except Exception as error:  # each backend raises its own
-        raise UserError(f"--device {name} cannot be used here ({reason(error)})") from error
+def state_of(run: Run) -> dict[str, Any]:
+    """Plain data, which `torch.load(weights_only=True)` reads without running any code."""
+    data = run.data
+    state = {
+        "made_by": MADE_BY, "args": asdict(run.recipe), "classes": data.classes,
+        "mean": data.mean.tolist(), "std": data.std.tolist(), "fingerprint": data.fingerprint,
+        "test_fingerprint": data.test_fingerprint, "step": run.step, "history": run.history,
+        "sums": run.sums, "to_measure": run.to_measure,
+        "teacher": run.teacher.identity if run.teacher else None}
+    return state | {name: part.state_dict() for name, part in parts_of(run).items()}
 
-def pick_precision(amp: str, device: torch.device) -> torch.dtype:
-    """The type for matrix products and convolutions; the weights themselves stay in float32."""
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif amp == "auto":  # where the hardware does not compute in bfloat16 it is slower
-        has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        amp = "bf16" if has_bf16 and device.type == "cpu" else "off"
-    if amp == "fp16" and device.type != "cuda":
-        raise UserError(f"--amp fp16 needs a CUDA GPU, not {device.type}; take bf16 or off")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+def parts_of(run: Run) -> dict[str, Any]:
+    """Whatever has a state_dict, by its name in last.pt."""
+    parts = {"model": run.model, "scaler": run.scaler}
+    if run.ema:
+        parts["ema"] = run.ema
+    for optimizer in run.optimizers:
+        parts[type(optimizer).__name__] = optimizer
+    return parts
 
-class Run:
-    """All that a training run consists of. `state` is what last.pt holds of it."""
-    def __init__(self, recipe: Recipe, source: Source | None = None, resume: bool = False) -> None:
-        self.recipe, self.folder = recipe, Path(recipe.output)
-        self.device = pick_device(recipe.device)
-        self.precision = pick_precision(recipe.amp, self.device)
-        self.data = prepare_data(recipe, self.device, source)
-        self.teacher = recipe.teacher and load_teacher(open_weights(recipe.teacher), self)
-        self.epoch_steps = max(1, len(self.data.train) // recipe.batch_size)
-        self.total = self.epoch_steps * recipe.epochs
-        self.step = 0  # the number of the next one
-        self.history: list[dict] = []  # a row per epoch, as in metrics.csv
-        self.sums: dict[str, Any] = {"loss": torch.zeros(())}  # over the present epoch
-        self.stopped_by = 0  # the signal that ends the run after the present step
-        torch.manual_seed(recipe.seed)
-        network = {"num_classes": len(self.data.classes), "patch_size": recipe.patch_size,
-                   "layer_scale": recipe.layer_scale}
-        if recipe.road:
-            design = convnext.DESIGNS[recipe.road]
-            with naming(f"--road {recipe.road} --width {recipe.width}"):
-                self.model: nn.Module = convnext.roadmap_network(
-                    design._replace(width=recipe.width or design.width), **network)
-        else:
-            create = convnext.create_convnext
-            shape: tuple = (recipe.variant,)
-            if recipe.depths:
-                create, shape = convnext.ConvNeXt, (recipe.depths, recipe.dims)
-            self.model = create(
-                *shape, drop_path=recipe.drop_path,
-                head_init_scale=recipe.head_init_scale, **network)
-        self.model.to(memory_format=torch.channels_last)
-        if recipe.init == "fan-in" and not recipe.road:
-            fan_in_init(self.model)
-        self.origin = self.load_initial(source) if source and not resume else ""
-        if recipe.freeze_backbone:
-            self.model.requires_grad_(False).head.fc.requires_grad_(True)
-        self.macs = convnext.count_macs(self.model, recipe.img_size)
-        if self.device.type == "cpu" and not recipe.compile:
-            self.model = convnext.speed_up(self.model)
-        self.model.to(self.device)
-        # ema += (weights - ema) / horizon. The horizon is a share of the run: the usual decay of
-        # 0.9999 looks back 10,000 steps, which is too far in a run of 20,000.
-        average = swa_utils.get_ema_multi_avg_fn(1 - 1 / max(1, recipe.ema_horizon * self.total))
-        # BatchNorm's statistics belong to the averaged weights; other buffers are constants.
-        has_statistics = any(isinstance(m, nn.BatchNorm2d) for m in self.model.modules())
-        self.ema = recipe.ema_horizon and swa_utils.AveragedModel(
-            self.model, multi_avg_fn=average, use_buffers=has_statistics)
-        self.optimizers = make_optimizers(self.model, recipe, self.precision)
-        if self.precision == torch.half and len(self.optimizers) > 1:  # one could skip a step alone
-            raise UserError("--optimizer muon does not work in float16: give --amp bf16 or off")
-        # float16 alone has too small a range for gradients: they are scaled up, and back down.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.half)
-        if resume:
-            self.load_state(source.notes)
-        if recipe.compile:
-            self.model.compile()  # in place: the names in the checkpoint stay as they are
+def load_state(run: Run, state: Mapping[str, Any]) -> None:
+    """Bring a run to where it stood. Raises UserError if its images or its teacher changed."""
+    place = run.recipe.data_dir
+    for what, key in (("training", "fingerprint"), ("test", "test_fingerprint")):
+        if state[key] != getattr(run.data, key):
+            raise UserError(f"--resume needs the {what} images that the run began with: those in "
+                            f"{place} have other names, classes or contents")
+    if run.teacher and state["teacher"] != run.teacher.identity:
+        raise UserError(f"--resume needs the teacher that the run began with, unlike "
+                        f"{run.recipe.teacher}")
+    for name, part in parts_of(run).items():
+        if state[name]:  # a scaler that was not needed has none
+            part.load_state_dict(state[name])
+    run.step, run.history = state["step"], state["history"]
+    run.sums, run.to_measure = state["sums"], state["to_measure"]
+    if run.sums:
+        run.sums["loss"] = run.sums["loss"].to(run.device)
 
-    def load_initial(self, source: Source) -> str:
-        """Begin with the weights of a source, but without a classifier for other classes."""
-        tensors, classes = source.weights.tensors, self.data.classes
-        if (source.notes.get("classes", classes), source.network["num_classes"]) == (
-                classes, len(classes)):
-            check_classes(source, classes)
-        else:
-            tensors = {k: v for k, v in tensors.items() if not k.startswith("head.fc.")}
-        with naming(source.name), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `describe` prints the report
-            report = convnext.load_weights(self.model, source.weights._replace(tensors=tensors))
-        if self.recipe.freeze_backbone and any("head." not in name for name in report.kept):
-            raise UserError(f"--freeze-backbone would leave untrained: {some(report.kept)}")
-        new = f"; new: {', '.join(report.kept)}" if report.kept else ""
-        return f"{len(report.loaded)} parameters of {source.name}{new}"
+def save_best(run: Run) -> None:
+    """Write best.pt if the last epoch is better on the held-out images than all before."""
+    column = "val_ema_top1" if run.ema else "val_top1"
+    scores = [row[column] for row in run.history if column in row]
+    if scores and scores[-1] > max(scores[:-1], default=-1.0):
+        write_file(run.folder / "best.pt", lambda path: torch.save(state_of(run), path))
 
-    def measure(self) -> dict[str, float]:
-        """The accuracy of the weights, and of their average, as columns of metrics.csv."""
-        data, split = self.data, "val" if self.data.val else "test"
-        models = {split: self.model} | ({f"{split}_ema": self.ema} if self.ema else {})
-        return {f"{prefix}_{name}": value for prefix, model in models.items() for name, value in
-                evaluate(model, data.val or data.test, data.mean, data.std, self.recipe.workers,
-                         self.precision, stopped=lambda: self.stopped_by).items()}
-
-    def parts(self) -> dict[str, Any]:
-        """What has a state_dict, by its name in the checkpoint."""
-        parts = {"model": self.model, "scaler": self.scaler, "ema": self.ema} | {
-            type(optimizer).__name__: optimizer for optimizer in self.optimizers}
-        return {name: part for name, part in parts.items() if part}
-
-    def state(self) -> dict[str, Any]:
-        """Plain data, which `torch.load(weights_only=True)` reads without running any code."""
-        return {
-            "made_by": MADE_BY, "args": asdict(self.recipe), "classes": self.data.classes,
-            "mean": self.data.mean.tolist(), "std": self.data.std.tolist(),
-            "fingerprint": self.data.fingerprint, "step": self.step, "history": self.history,
-            "sums": self.sums, **{name: part.state_dict() for name, part in self.parts().items()}}
-
-    def load_state(self, state: Mapping) -> None:
-        if state["fingerprint"] != self.data.fingerprint:
-            raise UserError("--resume needs the training images that the run began with: those in "
-                            f"{self.recipe.data_dir} have other names, classes or contents")
-        for name, part in self.parts().items():
-            if state[name]:  # a scaler that was not needed has none
-                part.load_state_dict(state[name])
-        self.step, self.history, self.sums = state["step"], state["history"], state["sums"]
-        self.sums["loss"] = self.sums["loss"].to(self.device)
-
-@torch.no_grad()
-def check_finite(run: Run) -> None:
-    """Raise UserError once the loss or a weight is infinite or not a number."""
-    loss = run.sums["loss"] / ((run.step - 1) % run.epoch_steps + 1)
-    norm = nn.utils.get_total_norm(run.model.parameters())
-    if not (loss + norm).isfinite():
-        raise UserError(f"by step {run.step}, at lr {run.sums['lr']:.1e}, the mean loss became "
-                        f"{loss:.3g} and the norm of the weights {norm:.3g}: try a lower --lr "
-                        f"(or --muon-lr), --clip-grad 1 or --amp off. {run.folder} stays as it was")
+def save_weights(run: Run) -> None:
+    """Write weights.safetensors: the averaged weights, if there is an average."""
+    tensors = run.best_model.state_dict()
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    state = {"args": asdict(run.recipe), "classes": run.data.classes,
+             "mean": run.data.mean.tolist(), "std": run.data.std.tolist()}
+    notes = {key: json.dumps(value) for key, value in state.items()}
+    notes["made_by"] = MADE_BY
+    notes["checksum"] = checksum(tensors, notes)
+    content = to_safetensors(tensors, notes)
+    write_file(run.folder / "weights.safetensors", lambda path: path.write_bytes(content))
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Replace a file as a whole: a crash or a full disk leaves the old one as it was."""
@@ -950,268 +1588,496 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:  # PyTorch reports a full disk by a RuntimeError
-        raise UserError(f"cannot write {path} ({reason(error)}); the old files stay") from error
+        raise UserError(f"cannot write {path} ({first_line(error)}); the old files stay") from error
     finally:
         temporary.unlink(missing_ok=True)
 
-def save(run: Run) -> None:
-    """Write best.pt if the held-out images choose it, at the end weights.safetensors, last.pt and
-    metrics.csv: in this order, so that a run killed before last.pt writes all of them again."""
-    check_finite(run)
-    state, folder, history = run.state(), run.folder, run.history
-    scores = [row.get("val_ema_top1" if run.ema else "val_top1", -1.0) for row in history] or [-1.0]
-    if run.step == len(history) * run.epoch_steps and scores[-1] > max(scores[:-1], default=-1.0):
-        write_file(folder / "best.pt", lambda path: torch.save(state, path))
-    if len(history) == run.recipe.epochs:
-        tensors = (run.ema.module if run.ema else run.model).state_dict()
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        notes = {k: json.dumps(state[k]) for k in ("args", "classes", "mean", "std")}
-        notes["made_by"] = MADE_BY
-        notes["checksum"] = checksum(tensors, notes)
-        write_file(folder / "weights.safetensors", lambda path: save_file(tensors, path, notes))
-    write_file(folder / "last.pt", lambda path: torch.save(state, path))
-    columns = [*max(history, key=len, default={})]  # some rows have no evaluation
-    lines = [columns, *([row.get(name, "") for name in columns] for row in history)]
-    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    write_file(folder / "metrics.csv", lambda path: path.write_text(text))
+@torch.no_grad()
+def check_finite(run: Run) -> float:
+    """The mean loss of this epoch so far. Raises UserError if it or a weight is not finite."""
+    if not run.sums:
+        return math.nan
+    loss = run.sums["loss"] / ((run.step - 1) % run.epoch_steps + 1)
+    norm = nn.utils.get_total_norm(run.model.parameters())
+    if not (loss + norm).isfinite():
+        raise UserError(f"by step {run.step}, at lr {run.sums['lr']:.1e}, the mean loss became "
+                        f"{loss:.3g} and the norm of the weights {norm:.3g}: try a lower --lr "
+                        f"(or --muon-lr), --clip-grad 1 or --amp off. {run.folder} stays as it was")
+    return loss.item()
 
-def describe(run: Run) -> None:
-    """Print what is about to happen, and note the settings in args.json."""
-    r, data, parameters = run.recipe, run.data, [p.numel() for p in run.model.parameters()]
-    write_file(run.folder / "args.json", lambda path: path.write_text(json.dumps(asdict(r))))
-    say(f"model   {r.road or f'ConvNeXt-{r.variant}'}, patch size {r.patch_size}: "
-        f"{sum(parameters):,} parameters, {run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n"
-        f"init    {run.origin or r.init_from or ('pytorch' if r.road else r.init)}\n"
-        f"data    {r.dataset}: {len(data.train):,} training + {len(data.val or []):,} held-out + "
-        f"{len(data.test):,} test images, {len(data.classes)} classes ({some(data.classes)})\n"
-        f"device  {run.device}, {str(run.precision)[6:]}, torch {torch.__version__}\n"
-        f"steps   {r.epochs} epochs x {run.epoch_steps} of {r.batch_size} images, {r.optimizer}, "
-        f"lr {r.lr:g}, weight decay {r.weight_decay:g}, seed {r.seed}\nrun     {run.folder}")
+def new_folder(recipe: Recipe) -> str:
+    """--output, or a folder that no other run has, even if it starts in the same second."""
+    if recipe.output:
+        return recipe.output
+    name = time.strftime("runs/%Y%m%d-%H%M%S-") + network_name(recipe).replace(" ", "-")
+    folder, number = Path(name), 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return str(folder)
+        except FileExistsError:
+            number += 1
+            folder = Path(f"{name}-{number}")
 
 @contextlib.contextmanager
-def stop_signals(run: Run) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder. One that stays empty is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / ".lock"
+    try:
+        with FileLock(file, timeout=0):
+            yield
+    except Timeout as error:
+        raise UserError(f"another run is writing to {folder}") from error
+    finally:
+        if [path.name for path in folder.iterdir()] in ([], [".lock"]):
+            file.unlink(missing_ok=True)
+            folder.rmdir()
+
+def refuse_a_second_run(folder: Path) -> None:
+    last = folder / "last.pt"
+    if last.exists():
+        raise UserError(f"{folder} holds a run: give --resume {last}, or another --output")
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows lacks the last two
+
+@contextlib.contextmanager
+def catch_signals(run: Run) -> Iterator[None]:
     """Let a signal end the run after the present step. A second Ctrl-C acts at once.
     SIGTERM and SIGUSR1 come from schedulers, SIGHUP from a closed terminal, all perhaps twice."""
     def receive(number: int, _frame: Any) -> None:
         run.stopped_by = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if threading.current_thread() is not threading.main_thread():  # others cannot receive signals
+        yield
+        return
     with contextlib.ExitStack() as handlers:  # puts the former handlers back
         for name in SIGNALS:
-            number = getattr(signal, name, None)  # nohup ignores SIGHUP
-            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
-                handlers.callback(signal.signal, number, signal.signal(number, receive))
+            number = getattr(signal, name, None)
+            ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN  # by nohup
+            if number and not ignored:
+                former = signal.signal(number, receive)
+                handlers.callback(signal.signal, number, former)
         yield
 
-def train(run: Run) -> None:
-    """Train from where the run stands to its end or to a signal, and save after each epoch."""
-    epochs, begun = run.recipe.epochs, run.step
-    with stop_signals(run), tqdm(
-            total=run.total, initial=run.step, unit="step", disable=None) as progress:
-        while len(run.history) < epochs and not run.stopped_by:
-            row = train_epoch(run, progress)
-            if row and (row["epoch"] % run.recipe.eval_every == 0 or row["epoch"] == epochs):
-                row |= run.measure()
-            if not run.stopped_by:  # else --resume repeats the evaluation
-                run.history.append(row)
-                left = (epochs - row["epoch"]) * row["seconds"]  # at this epoch's image size
-                say("  ".join(f"{name} {value:.4g}" for name, value in row.items()
-                              if name not in ("step", "seconds") and "top5" not in name)
-                    + f"  {left:.0f} s left")
-            save(run)
-        if run.step == begun:  # a complete run; one of its files may be missing
-            save(run)
+def describe(run: Run) -> None:
+    """Print what is about to happen, and note the settings in args.json."""
+    r, data = run.recipe, run.data
+    settings = json.dumps(asdict(r))
+    write_file(run.folder / "args.json", lambda path: path.write_text(settings))
+    parameters = sum(p.numel() for p in run.model.parameters())
+    rates = f"lr {r.lr:g}"
+    if len(run.optimizers) > 1:
+        rates = f"lr {r.muon_lr:g} and {r.lr:g}"
+    names = " and ".join(type(optimizer).__name__ for optimizer in reversed(run.optimizers))
+    say(f"model   {network_name(r)}, patch size {r.patch_size}: {parameters:,} parameters, "
+        f"{run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n"
+        f"init    {run.origin}\n"
+        f"data    {r.dataset}: {len(data.train):,} training + {len(data.val or []):,} held-out + "
+        f"{len(data.test):,} test images, {len(data.classes)} classes ({shorten(data.classes)})\n"
+        f"device  {run.device}, {str(run.precision)[6:]}, torch {torch.__version__}\n"
+        f"steps   {r.epochs} epochs x {run.epoch_steps} of {r.batch_size} images, {names}, "
+        f"{rates}, weight decay {r.weight_decay:g}, seed {r.seed}\n"
+        f"run     {run.folder}")
 
-def report(name: str, model: nn.Module, recipe: Recipe, test: Images, mean: Tensor,
-           std: Tensor) -> None:
-    """Print the accuracy of a network on the test images."""
-    for mirror in (False, True) if recipe.tta else (False,):
-        loss, top1, top5 = evaluate(model, test, mean, std, recipe.workers,
-                                    pick_precision(recipe.amp, mean.device), mirror).values()
-        say(f"{name}{' with mirror images' if mirror else ''}: test loss {loss:.4f}  top-1 "
-            f"{top1:.2f} %  top-5 {top5:.2f} %  of {len(test):,} images of {recipe.img_size} px")
+def log_to_tensorboard(run: Run, row: dict[str, float]) -> None:
+    """Add an epoch's row to the run's folder; `tensorboard --logdir runs` shows it."""
+    if run.tensorboard is None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-def report_source(source: Source, recipe: Recipe) -> None:
-    """Print the accuracy of a source's weights on the test images."""
-    test = load_split(recipe, False, source.notes.get("classes"))
-    check_classes(source, test.classes)
-    with naming(source.name):
-        model = convnext.from_checkpoint(source.weights)
+        run.tensorboard = SummaryWriter(run.folder, purge_step=row["epoch"])
+    for name in [name for name in row if name not in ("epoch", "step")]:
+        run.tensorboard.add_scalar(name, row[name], row["epoch"])
+    run.tensorboard.flush()
+
+
+# --- 10. Prediction -----------------------------------------------------------------------------
+def predict(weights: str, pictures: str | Sequence[str], top: int = 5,
+            device: str = "auto") -> list[tuple[str, list[tuple[str, float]]]]:
+    """Say what is in pictures: for each, its path and the most likely classes with probabilities.
+
+        for path, classes in predict("runs/NAME/weights.safetensors", "cat.jpg"):
+            print(path, classes[0])                          # cat.jpg ("cat", 0.97)
+
+    weights: whatever --eval-only takes. pictures: a path, a folder, or a list of paths.
+    """
+    source = open_source(weights)
+    recipe = combine({"eval_only": weights, "device": device}, source)
+    paths = find_pictures(pictures) if isinstance(pictures, str | os.PathLike) else list(pictures)
+    return list(predictions(source, recipe, paths, top))
+
+def print_predictions(source: Source, recipe: Recipe) -> None:
+    """Print the predictions for --predict's pictures, or write them to --output."""
+    paths = find_pictures(recipe.predict)
+    rows = []
+    for path, classes in predictions(source, recipe, paths):
+        text = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in classes)
+        if not recipe.output:
+            say(f"{path}: {text}")
+        row = {"path": path, "true": true_class(path, recipe.predict, class_names(source))}
+        for i, (name, probability) in enumerate(classes, 1):
+            row |= {f"class_{i}": name, f"probability_{i}": f"{probability:.4f}"}
+        rows.append(row)
+    if recipe.output:
+        if not any(row["true"] for row in rows):
+            for row in rows:
+                del row["true"]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(Path(recipe.output), lambda path: path.write_text(table.getvalue(), "utf-8"))
+        say(f"{len(rows)} predictions written to {recipe.output}")
+
+@torch.inference_mode()
+def predictions(source: Source, recipe: Recipe, paths: list[str],
+                top: int = 5) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+    """Yield each path with its most likely classes and their probabilities."""
+    names = class_names(source)
+    square = evaluation_square(recipe.img_size, recipe.crop_pct)
+    images = Images(paths, torch.zeros(len(paths), dtype=torch.long), names, square)
+    if recipe.skip_bad:
+        images = without_bad(images)
     device = pick_device(recipe.device)
-    model.to(device, memory_format=torch.channels_last)
-    mean, std = (torch.tensor(source.images[name], device=device) for name in ("mean", "std"))
-    report(source.name, model, recipe, test, mean, std)
+    model = load_network(source).to(device, memory_format=torch.channels_last)
+    mean, std = (torch.tensor(source.expects[name]) for name in ("mean", "std"))
+    done = 0
+    workers = recipe.workers if len(paths) > 100 else 0
+    for batch, _ in evaluation_batches(images, workers):
+        x = normalize(batch.to(device) / 255, mean, std)
+        best = model(x).softmax(1).topk(min(top, len(names)))
+        for probabilities, numbers in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            likely = [names[number] for number in numbers]
+            yield images.images[done], list(zip(likely, probabilities, strict=True))
+            done += 1
 
-# --- 9. Command line ----------------------------------------------------------------------------
+def find_pictures(place: str) -> list[str]:
+    """A picture, or all pictures in a folder and its sub-folders."""
+    path = os.path.expanduser(place)
+    if os.path.isfile(path):
+        return [path]
+    if not os.path.isdir(path):
+        raise UserError(f"--predict {place}: there is no such file or folder")
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {error.filename} ({error.strerror})")
+    paths = pictures_below(path, Counter(), refuse)
+    if not paths:
+        raise UserError(f"--predict {place}: there is no picture in this folder")
+    return paths
+
+def true_class(path: str, root: str, names: list[str]) -> str:
+    """The class of a picture, if it is in a folder below root with the name of a class."""
+    folders = Path(os.path.relpath(path, os.path.expanduser(root))).parts[:-1]
+    name = unicodedata.normalize("NFC", folders[0]) if folders else ""
+    return name if name in names else ""
+
+def class_names(source: Source) -> list[str]:
+    """The source's class names. Published weights of 1,000 classes have ImageNet's."""
+    if not source.num_classes:
+        raise UserError(f"{source.name} has no classifier: train one with --init-from")
+    if source.classes:
+        return source.classes
+    if source.num_classes == 1000:
+        return torchvision.models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1.meta["categories"]
+    note(f"{source.name} does not name its classes: they are shown as numbers")
+    return [str(number) for number in range(source.num_classes)]
+
+
+# --- 11. Command line ---------------------------------------------------------------------------
 FIELDS = {field.name: field for field in fields(Recipe)}
-KINDS = {name: (*get_args(field.type), field.type)[0] for name, field in FIELDS.items()}
-LISTS = {"depths", "dims"}  # of whole numbers
-# Settings that may change on --resume, that --eval-only can take, and that --road has no use for.
-ANY_TIME = {"resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta"}
-EVALUATION = {"eval_only", "dataset", "data_dir", "img_size", "crop_pct", "skip_bad", "workers",
-              "device", "amp", "tta"}
-NO_ROAD = {"variant", "drop_path", "init", "head_init_scale", "init_from", "layer_decay"}
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-def complete(r: Recipe) -> None:
-    """Fill in the defaults that follow from others, and check each value, wherever it comes from.
-    Raises UserError for a value that is not allowed."""
-    for name, value in (("warmup_epochs", r.epochs / 20), ("mix_off_epochs", r.epochs // 10)):
-        setattr(r, name, value if getattr(r, name) is None else getattr(r, name))
-    for name, about in FIELDS.items():
-        value, allowed = getattr(r, name), about.metadata["allowed"]
-        if name in LISTS:
-            continue
-        fine = isinstance(value, KINDS[name]) or value is about.default is None
-        if fine and isinstance(allowed, tuple):
-            fine = value is None or value in allowed
-        elif fine and allowed and value is not None:
-            low, high = map(float, allowed[1:-1].split(","))
-            fine = (low <= value <= high and (value > low or allowed[0] == "[")
-                    and (value < high or allowed[-1] == "]"))
-        if not fine:
-            what = {int: "a whole number in ", float: "a number in "}.get(KINDS[name], "one of ")
-            raise UserError(f"{flag(name)} must be {what}{allowed}, not {value!r}")
-    stages = len(r.dims) if r.dims else 4
-    stride = 2 ** (stages - 1) * r.patch_size  # of the whole network
-    for name, fine, allowed in (
-            ("warmup_epochs", r.warmup_epochs < r.epochs, f"below --epochs, {r.epochs}"),
-            ("min_lr", r.min_lr <= r.lr, f"up to --lr, {r.lr}"),
-            ("accumulate", r.accumulate <= r.batch_size, f"up to --batch-size, {r.batch_size}"),
-            ("img_size", r.img_size >= stride, f"{stride} or more at --patch-size {r.patch_size}"),
-            ("start_size", r.start_size <= r.img_size and r.start_size % stride == 0,
-             f"a multiple of {stride}, the network's stride, up to --img-size, {r.img_size}"),
-            ("crop_padding", r.crop_padding < r.img_size, f"below --img-size, {r.img_size}")):
-        if not fine:
-            raise UserError(f"{flag(name)} must be {allowed}, not {getattr(r, name)}")
+TYPES = {name: (*get_args(hint), hint)[0] if type(None) in get_args(hint) else hint
+         for name, hint in get_type_hints(Recipe).items()}  # without "| None"
+PATHS = {"resume", "eval_only", "init_from", "teacher", "predict", "output", "data_dir"}
+# The settings that may change when a run is resumed, and those that --eval-only takes.
+ANY_TIME = {"resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta", "teacher",
+            "skip_bad"}
+EVALUATION = {"eval_only", "predict", "output", "dataset", "data_dir", "img_size", "crop_pct",
+              "skip_bad", "workers", "device", "amp", "tta"}
 
 def parse(argv: list[str]) -> dict[str, Any]:
     """The command line -> what was typed, and nothing else: {"batch_size": 64, ...}."""
     parser = argparse.ArgumentParser(
         usage="python train.py [--option value ...]; --help lists the options",
         argument_default=argparse.SUPPRESS, allow_abbrev=False)  # --mix must not pass for --mixup
+    group = parser
     for name, about in FIELDS.items():
-        help_, allowed = about.metadata["help"], about.metadata["allowed"]
-        if "group" in about.metadata:
+        allowed, short = about.metadata["allowed"], about.metadata["short"]
+        if about.metadata["group"]:
             group = parser.add_argument_group(about.metadata["group"])
-        how = {"action": argparse.BooleanOptionalAction} if KINDS[name] is bool else {
-            "type": KINDS[name], "choices": allowed if isinstance(allowed, tuple) else None}
-        if about.default not in (None, False):
-            help_ += f"; default {about.default}"
-        if name in LISTS:
+        how: dict[str, Any] = {"type": TYPES[name]}
+        if TYPES[name] is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif TYPES[name] == list[int]:
             how = {"type": int, "nargs": "+"}
-        short = [about.metadata["short"]] if "short" in about.metadata else []
-        group.add_argument(flag(name), *short, help=help_, **how)
-    # The authors write --drop_path.
-    argv = [re.sub("^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in argv]
-    given = vars(parser.parse_args(argv))
-    if "" in given.values():  # from a shell variable that is not set
+        elif isinstance(allowed, tuple):
+            how["choices"] = allowed
+        text = about.metadata["help"]
+        if about.default is not None and about.default is not False:
+            text += f"; default {about.default}"
+        text = text.replace("%", "%%")
+        group.add_argument(flag(name), *([short] if short else []), help=text, **how)
+    argv = [with_hyphens(word) for word in argv]
+    typed = vars(parser.parse_args(argv))
+    if "" in typed.values():  # from a shell variable that is not set
         parser.error("no value may be empty")
-    return given
+    for name in PATHS & typed.keys():
+        typed[name] = os.path.expanduser(typed[name])
+    return typed
 
-def refuse_contradictions(given: dict[str, Any], notes: Mapping[str, Any]) -> None:
-    """Raise UserError for flags that cannot stand together."""
-    saved, names, fast = notes.get("args", {}), given.keys(), given.get("recipe") == "fast"
-    optimizer = given.get("optimizer", "muon" if fast else "adamw")
-    changed = some([flag(k) for k in given if k not in ANY_TIME and saved.get(k) != given[k]])
-    unused = some([flag(k) for k in given if k not in EVALUATION])
-    tuned = given.get("recipe") == "finetune" or given.get("freeze_backbone")
-    for wrong, text in (
-            (len(names & {"resume", "eval_only", "init_from"}) > 1,
-             "only one of --resume, --eval-only and --init-from can be given"),
-            ("resume" in names and "step" not in notes, "--resume takes last.pt, of this version"),
-            ("resume" in names and changed,
-             f"--resume cannot change {changed}; a different run begins with --init-from"),
-            ("eval_only" in names and unused, f"--eval-only trains nothing: leave out {unused}"),
-            ("init_from" in names and (fast or given.get("init") == "fan-in"),
-             "--recipe fast and --init fan-in begin with new weights, without --init-from"),
-            (not names & {"init_from", "resume"} and tuned,
-             "--recipe finetune and --freeze-backbone need weights: --init-from SOURCE"),
-            ("road" in names and names & NO_ROAD,
-             f"--road has no {some([flag(k) for k in given if k in NO_ROAD])}"),
-            ("resume" not in names and "muon_lr" in names and optimizer != "muon",
-             "--muon-lr needs --optimizer muon"),
-            (given.get("recipe") == "finetune" and optimizer == "muon" and "muon_lr" not in names,
-             "--recipe finetune has no learning rate for Muon: give --muon-lr, too"),
-            (not names & {"road", "resume"} and "width" in names, "--width needs a --road"),
-            (not names & {"teacher", "resume"} and names & {"distill_alpha", "distill_temperature"},
-             "--distill-alpha and --distill-temperature need a --teacher")):
-        if wrong:
-            raise UserError(text)
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
-def combine(given: dict[str, Any], source: Source | None = None) -> Recipe:
-    """Merge all settings. Later ones win: defaults, the weights', the named recipe's, those typed.
-    With --resume and --eval-only, the checkpoint's settings replace the named recipe's."""
-    refuse_contradictions(given, source.notes if source else {})
-    weights, named, name = {}, {}, given.get("recipe")
+def with_hyphens(word: str) -> str:
+    """--drop_path=0.1 -> --drop-path=0.1, since the authors' program has underscores."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
+    """Merge the settings. Each of these wins over those before it:
+
+        the defaults of Recipe
+        what the weights of --init-from or --eval-only say of themselves
+        the named recipe, or for --eval-only the data set of the run that made the weights
+        what was typed
+
+    --resume has all settings from its file.
+    """
+    refuse_contradictions(typed, source)
+    if "resume" in typed:
+        settings = source.settings | typed | {"output": str(Path(typed["resume"]).parent)}
+        unknown = settings.keys() - FIELDS.keys()
+        if unknown:
+            raise UserError(f"{typed['resume']} is of a later version: it has the unknown settings "
+                            f"{shorten(sorted(unknown))}")
+        return Recipe(**settings)
+    weights, named = {}, {}
     if source:
-        saved = source.notes.get("args", {"dataset": "imagenet"})
-        weights = {k: v for k, v in (source.network | source.images).items() if k in (
-            "variant", "patch_size", "layer_scale", "img_size", "crop_pct")}
-        if given.get("img_size") not in (None, weights.get("img_size")):
-            weights["crop_pct"] = None  # it belongs to the weights' own size
-    if "resume" in given:
-        named = saved | {"output": str(Path(given["resume"]).parent)}
-    elif "eval_only" in given:
-        named = {k: v for k, v in saved.items() if k in ("dataset", "data_dir", "skip_bad", "amp")}
-    else:
-        if name == "fast":  # its 24 pixels are for 32, and for a network with a stride of 8
-            fits = given.get("img_size", 32) == 32
-            named = FAST if fits else FAST | {"start_size": 0}
-        elif name == "finetune":
-            known = {"variant": Recipe.variant, "batch_size": Recipe.batch_size} | weights | given
-            named = finetune(known["variant"], known["batch_size"])
-        if given.get("road"):
-            named = {k: v for k, v in named.items() if k not in NO_ROAD} | {"drop_path": 0.0}
-        if given.get("freeze_backbone"):
-            named = named | {"drop_path": 0.0}  # what does not learn needs no noise
-        if name in ("fast", "finetune"):
-            say(f"{name}: " + ", ".join(
-                f"{flag(k)} {v}" for k, v in named.items() if k not in given))
-    return Recipe(**weights | named | given)
+        weights = dict(source.network)
+        weights["img_size"] = source.expects["img_size"]
+        if typed.get("img_size", weights["img_size"]) == weights["img_size"]:
+            weights["crop_pct"] = source.expects.get("crop_pct")  # it belongs to this size
+    if "eval_only" in typed:
+        kept = ("dataset", "data_dir", "skip_bad", "amp")
+        named = {key: value for key, value in source.settings.items() if key in kept}
+    elif typed.get("recipe") == "fast":
+        named = dict(FAST)
+    elif typed.get("recipe") == "finetune":
+        so_far = merge(weights, typed)
+        named = finetune(so_far.get("variant", "tiny"), so_far.get("batch_size", Recipe.batch_size))
+    if typed.get("freeze_backbone"):
+        named["drop_path"] = 0.0  # what does not learn needs no noise
+    settings = merge(weights, named, typed)
+    if "start_size" in named and "start_size" not in typed:  # 24 suits 32 pixels and a stride of 8
+        plain = Recipe(**settings | {"start_size": 0})
+        if plain.img_size != 32 or named["start_size"] % plain.stride:
+            settings["start_size"] = 0
+    recipe = Recipe(**settings)
+    refuse_idle(typed, recipe)
+    if typed.get("recipe", "scratch") != "scratch":
+        chosen = [f"{flag(key)} {settings[key]}" for key in named if key not in typed
+                  and key in settings]
+        say(f"{recipe.recipe}: {', '.join(chosen)}")
+    return recipe
 
-def main(argv: list[str]) -> int:
-    """Do what the command line says -> the exit code. Raises UserError and KeyboardInterrupt."""
-    given = parse(argv)
-    origin = given.get("resume") or given.get("eval_only") or given.get("init_from")
-    source = open_weights(origin, "resume" in given) if origin else None
-    recipe = combine(given, source)
-    if "eval_only" in given:
-        report_source(source, recipe)
-        return 0
-    recipe.output = recipe.output or time.strftime(
-        f"runs/%Y%m%d-%H%M%S-{(recipe.road or recipe.variant).replace(' ', '-')}")
-    folder, last = Path(recipe.output), Path(recipe.output) / "last.pt"
-    if last.exists() and not ("resume" in given and last.samefile(origin)):
-        raise UserError(f"{folder} holds a run: give --resume {last}, or another --output")
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Later settings win. One that names a network replaces all of the former description."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        if layer.keys() & {"variant", "depths", "road"}:
+            merged = {key: value for key, value in merged.items() if key not in NETWORK}
+        merged |= layer
+    return merged
+
+def fit_to_data(recipe: Recipe, images: int, typed: Mapping[str, Any]) -> Recipe:
+    """Change --recipe finetune for a small data set. The paper's values are meant for ImageNet's
+    75,000 steps; with few images they hardly move the weights. assets/results.md has the runs
+    behind the values here."""
+    if images >= 40_000:
+        return recipe
+    batch_size = typed.get("batch_size", max(1, min(32, images // 4)))
+    steps = max(1, images // batch_size)  # in an epoch
+    epochs = typed.get("epochs", max(20, math.ceil(1000 / steps)))
+    chosen = {"batch_size": batch_size, "epochs": epochs, "lr": 3e-4, "min_lr": 6e-6,
+              "rand_augment": 0.0, "eval_every": max(1, epochs // 20)}
+    chosen = {name: value for name, value in chosen.items() if name not in typed}
+    if chosen:
+        texts = [f"{flag(name)} {value}" for name, value in chosen.items()]
+        say(f"finetune: for {images:,} images {', '.join(texts)}")
+    return replace(recipe, **chosen)
+
+def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> None:
+    """Raise UserError for flags that cannot stand together."""
+    names = typed.keys()
+    if len(names & {"resume", "eval_only", "init_from"}) > 1:
+        raise UserError("only one of --resume, --eval-only and --init-from can be given")
+    if "resume" in names:
+        if "to_measure" not in source.state:
+            raise UserError("--resume takes last.pt, of this version")
+        saved = source.settings
+        changed = [flag(k) for k in typed if k not in ANY_TIME and saved.get(k) != typed[k]]
+        if "teacher" in names and not saved.get("teacher"):
+            changed.append("--teacher")
+        if changed:
+            raise UserError(f"--resume cannot change {shorten(changed)}; a different run begins "
+                            "with --init-from")
+        return
+    if "eval_only" in names:
+        unused = [flag(name) for name in typed if name not in EVALUATION]
+        if unused:
+            raise UserError(f"--eval-only trains nothing: leave out {shorten(unused)}")
+        if "output" in names and "predict" not in names:
+            raise UserError("--eval-only has no --output without --predict")
+        return
+    if "predict" in names:
+        raise UserError("--predict needs weights: --eval-only WEIGHTS")
+    if len(names & {"variant", "depths", "road"}) > 1:
+        raise UserError("only one of --variant, --depths and --road can be given")
+    if ("depths" in names) != ("dims" in names):
+        raise UserError("--depths and --dims belong together")
+    fast, tuned = (typed.get("recipe") == name for name in ("fast", "finetune"))
+    if "init_from" in names and (fast or typed.get("init") == "fan-in"):
+        raise UserError("--init-from cannot stand with --recipe fast or --init fan-in, which begin "
+                        "with new weights")
+    if "init_from" not in names and (tuned or typed.get("freeze_backbone")):
+        raise UserError("--recipe finetune and --freeze-backbone need weights: --init-from SOURCE")
+    if tuned and typed.get("optimizer") == "muon" and "muon_lr" not in names:
+        raise UserError("--recipe finetune has no learning rate for Muon: give --muon-lr, too")
+
+def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
+    """Raise UserError for a flag that would do nothing. 0, which turns something off, is fine."""
+    mixes = r.mix_prob > 0
+    uses = {  # a flag: whether it does something, and what it needs
+        "width": (r.road, "--road"), "grn": (r.depths, "--depths"),
+        "muon_lr": (r.optimizer == "muon" and not r.freeze_backbone, "--optimizer muon"),
+        "beta2": (r.optimizer != "sgd", "--optimizer adamw or muon"),
+        "start_share": (r.start_size, "--start-size"),
+        "crop_padding": (r.img_size <= SMALL, f"images of up to {SMALL} pixels"),
+        "crop_scale": (r.img_size > SMALL, f"images above {SMALL} pixels"),
+        "crop_pct": (r.img_size > SMALL, f"images above {SMALL} pixels"),
+        "mixup": (mixes, "a --mix-prob above 0"), "cutmix": (mixes, "a --mix-prob above 0"),
+        "distill_alpha": (r.teacher, "--teacher"), "distill_temperature": (r.teacher, "--teacher"),
+        "drop_path": (not r.road, "a network without --road"),
+        "head_init_scale": (not r.road, "a network without --road"),
+        "init": (not r.road, "a network without --road")}
+    for name, (is_used, needs) in uses.items():
+        if typed.get(name) and not is_used:
+            raise UserError(f"{flag(name)} needs {needs}")
+
+def check(r: Recipe) -> None:
+    """Raise UserError for a value that is not allowed, wherever it comes from."""
+    for name, about in FIELDS.items():
+        value, allowed = getattr(r, name), about.metadata["allowed"]
+        if value is None and about.default is None:
+            continue
+        fine = is_of_type(value, TYPES[name])
+        if fine and isinstance(allowed, tuple):
+            fine = value in allowed
+        elif fine and allowed:
+            values = value if isinstance(value, list | tuple) else [value]
+            fine = bool(values) and all(within(number, allowed) for number in values)
+        if not fine:
+            kinds = {int: "a whole number in ", float: "a number in ", str: "one of ",
+                     list[int]: "whole numbers in "}
+            what = kinds.get(TYPES[name], "")
+            raise UserError(f"{flag(name)} must be {what}{allowed or 'a text'}, not {value!r}")
+    if r.depths and (not r.dims or len(r.depths) != len(r.dims)):
+        raise UserError(f"--depths and --dims must be equally many, not {r.depths} and {r.dims}")
+    for name in ("mixup", "cutmix"):
+        if 0 < getattr(r, name) < 1e-3:
+            raise UserError(f"{flag(name)} must be 0 or at least 0.001, not {getattr(r, name)}")
+    if r.val_size >= 1 and r.val_size != int(r.val_size):
+        raise UserError(f"--val-size must be a share below 1 or a whole number, not {r.val_size}")
+    if r.road and r.layer_decay < 1:
+        raise UserError("--layer-decay needs a network without --road")
+    demands = (  # a setting, whether it is right, and what it must be
+        ("warmup_epochs", r.warmup < r.epochs, f"below --epochs, {r.epochs}"),
+        ("min_lr", r.min_lr <= r.lr, f"up to --lr, {r.lr}"),
+        ("accumulate", r.accumulate <= r.batch_size, f"up to --batch-size, {r.batch_size}"),
+        ("img_size", r.img_size >= r.stride, f"{r.stride} or more, the network's total stride"),
+        ("start_size", r.start_size <= r.img_size and r.start_size % r.stride == 0,
+         f"a multiple of {r.stride}, the network's stride, up to --img-size, {r.img_size}"),
+        ("crop_padding", r.crop_padding < r.img_size, f"below --img-size, {r.img_size}"))
+    for name, fine, must_be in demands:
+        if not fine:
+            raise UserError(f"{flag(name)} must be {must_be}, not {getattr(r, name)}")
+
+def is_of_type(value: Any, kind: Any) -> bool:
+    if kind is float:  # whole numbers are numbers, too
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == list[int]:
+        return isinstance(value, list | tuple) and all(is_of_type(item, int) for item in value)
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+
+def within(number: float, interval: str) -> bool:
+    """Whether a number is in an interval like "[0, 1)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    return above and below
+
+class UserError(Exception):
+    """A mistake or a failure that the user can mend. Its text is shown as one line."""
+
+@contextlib.contextmanager
+def one_line_errors(source: str) -> Iterator[None]:
+    """Turn what reading or fitting weights raises into one line that names their source."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        downloaded = source.startswith(convnext.DOWNLOADS)  # by clients with errors of their own
+        mendable = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
+        if not downloaded and not mendable:
+            raise
+        missing = isinstance(error, FileNotFoundError) and not downloaded
+        text = "no such file" if missing else first_line(error)
+        raise UserError(text if source in text else f"{source}: {text}") from error
+
+@contextlib.contextmanager
+def explained_errors(run: Run) -> Iterator[None]:
+    """Turn PyTorch's errors with a known remedy into one line."""
+    try:
+        yield
+    except (RuntimeError, ValueError, MemoryError) as error:
+        text = str(error)
+        if "DataLoader worker (pid" in text:  # raised wherever the main process is at the time
+            remedy = "try fewer --workers"
+        elif "more than 1 value per channel" in text:
+            remedy = "BatchNorm needs more: give a larger --batch-size, or a smaller --accumulate"
+        elif "allocate" in text or "out of memory" in text:
+            remedy = "give a smaller --batch-size, or a larger --accumulate"
+        elif run.recipe.compile and type(error).__module__.startswith("torch._"):
+            remedy = "leave out --compile"
+        else:
+            raise
+        raise UserError(f"{first_line(error)}; {remedy}") from error
+
+def say(text: str, file: Any = None) -> None:
+    """Print above the progress bar."""
+    tqdm.write(text, file=file)
+
+@cache
+def note(text: str) -> None:
+    """Tell the user something, once."""
+    say(f"note: {text}", sys.stderr)
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+def shorten(names: Sequence, most: int = 4) -> str:
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
+
+def keep_memory() -> None:
+    """Let the C library keep the memory that a step frees. Linux would hand it to the next step
+    anew, page by page and filled with zeros, which is a quarter of the time on a CPU."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # Linux would hand each step its memory anew, page by page and filled with zeros, which is a
-        # quarter of the time on a CPU: keep it. The numbers are M_TRIM_THRESHOLD and M_MMAP_MAX.
-        libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
     torch.set_float32_matmul_precision("high")  # TensorFloat-32, on GPUs that have it
     torch.backends.cudnn.benchmark = True  # few batch sizes: find the fastest kernels of each
-    run = Run(recipe, source, "resume" in given)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            describe(run)
-            train(run)
-    except Timeout as error:
-        raise UserError(f"another run is writing to {folder}") from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):  # raised wherever this process was at the time
-            raise
-        raise UserError(f"{reason(error)}; try fewer --workers") from error
-    if run.stopped_by:
-        say(f"stopped; to go on: python train.py --resume {last}", sys.stderr)
-        return 128 + run.stopped_by
-    for path in (last, folder / "best.pt") if run.data.val else (last,):
-        with naming(str(path)):
-            run.load_state(convnext.read_file(path)[0])
-        report(str(path), run.ema.module if run.ema else run.model, recipe, run.data.test,
-               run.data.mean, run.data.std)
-    return 0
 
 def unfailing(method: Callable) -> Callable:
     """Ignore what goes wrong: a full disk under the log or a closed terminal must not end a run."""
@@ -1220,15 +2086,24 @@ def unfailing(method: Callable) -> Callable:
             method(*args)
     return call
 
-if __name__ == "__main__":
+def guard_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        if hasattr(stream, "reconfigure"):  # a notebook's streams do not have it
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
         stream.write, stream.flush = unfailing(stream.write), unfailing(stream.flush)
         setattr(sys, name, stream)
+
+if __name__ == "__main__":
+    guard_streams()
     try:
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(f"train.py: error: {reason(error)}")
+        code = f"train.py: error: {first_line(error)}"
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    # Here an error is forgotten, and with it the processes that read images, which would not end.
+    sys.exit(code)
