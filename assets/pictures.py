@@ -236,7 +236,7 @@ def scaling() -> Figure:
     """How many times as fast as timm, over batch, image size and variant."""
     groups = grouped(read("scaling"), "axis", "work")
     panels = {"batch": ("batch", "images in a batch (log)\natto, 64 px"),
-              "size": ("size", "side of the image in pixels\nTiny, batch 8"),
+              "size": ("size", "image size in pixels\nTiny, batch 8"),
               "variant": ("variant", "variant\n64 px, batch 16")}
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.3), sharey=True)
     ratios = {work: numbers([row for row in read("scaling") if row["work"] == work], "ratio")
@@ -287,7 +287,8 @@ def ladder() -> Figure:
         note(right, f"{minutes:.0f}", minutes, place, right=4)
     means = [top1[rung].mean() for rung, _ in rungs if rung.isdecimal()]
     left.plot(means, range(len(means)), color="#CCCCCC", zorder=0)
-    left.set(xlim=(52.5, 73.5), xticks=(55, 60, 65, 70), xlabel="held-out accuracy in %; a point is a seed")
+    left.set(xlim=(52.5, 73.5), xticks=(55, 60, 65, 70),
+             xlabel="held-out accuracy in %; a point is a seed")
     left.set_yticks(range(len(rungs)), labels)
     left.invert_yaxis()
     right.set(xlabel="minutes, one core", xlim=(0, 17))
