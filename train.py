@@ -425,6 +425,7 @@ def train_step(
 ) -> Tensor:
     """Update the weights once, from images (b, 3, h, w) and targets (b, classes), and return the
     loss. With recipe.accumulate the batch is computed in parts, whose gradients add up."""
+    model.train()  # an evaluation leaves it in evaluation mode
     total = torch.zeros((), device=x.device)
     parts = zip(x.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True)
     for images, labels in parts:
