@@ -42,7 +42,6 @@ c = channels, h, w = height and width. The einops patterns that reorder axes, su
 
 To try a different norm, change the base class of LayerNorm; for a different MLP or filter, change
 InvertedBottleneck or DepthwiseConv. Pretrained weights fit only layers with the same parameters.
-
 The network computes what the authors' code does (https://github.com/facebookresearch/ConvNeXt),
 and is initialised like it. `patch_size` is an addition: patches of 4x4 pixels leave too few
 positions of a small image. Each idea is a module of its own, so the authors' parameter `pwconv1`
@@ -310,21 +309,17 @@ class ConvNeXt(nn.Module):
 
     depths, dims: the number of blocks and of channels in each stage, for any number of stages. The
     channels can be read as `model.dims`. num_classes: 0 for features. in_channels: channels of the
-    image. layer_scale: initial γ, 0 for no LayerScale. grn: ConvNeXt V2.
+    image. layer_scale: initial γ, 0 for no LayerScale. grn: ConvNeXt V2. drop_path: the chance of
+    dropping the last block's branch, in [0, 1); it rises linearly from 0 at the first block. The
+    paper trains Tiny with 0.1, Small with 0.4, Base and Large with 0.5 (table 5).
 
-    patch_size: of the stem, 4 in the paper. In four stages an image of 32x32 pixels shrinks to a
-    map of 1x1 positions with patch_size 4, of 2x2 with patch_size 2, and of 4x4 with patch_size 1.
-    Half the patch size means four times as many positions, and so four times the work.
-
-    drop_path: the chance of dropping the last block's branch, at least 0 and below 1. It rises
-    linearly from 0 at the first block. The paper trains Tiny with 0.1, Small with 0.4, Base and
-    Large with 0.5 (table 5).
+    patch_size: of the stem, 4 in the paper. Four stages turn an image of 32x32 pixels into a map of
+    1x1 positions with patch_size 4, of 2x2 with patch_size 2, and of 4x4 with patch_size 1. Half
+    the patch size means four times as many positions, and so four times the work.
 
     head_init_scale: a factor on the classifier's initial weights, 0.001 in fine-tuning (table 6).
     The gradient that reaches the pretrained layers was multiplied by the classifier's weights. As
     long as these are random, it would spoil the pretrained layers, so it is made small.
-
-    Raises ValueError for depths and dims of different length, and for numbers out of range.
     """
 
     def __init__(
@@ -377,9 +372,8 @@ class ConvNeXt(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(b, in_channels, h, w) -> the last stage's map, (b, dims[-1], h // 32, w // 32).
 
-        The total stride is 32 for four stages and patches of 4x4 pixels. In general it is
-        patch_size · 2^(stages - 1). Raises ValueError for a wrong number of axes or channels, and
-        for an image that is smaller than the total stride.
+        The total stride is 32, in general patch_size · 2^(stages - 1). Raises ValueError for a
+        wrong number of axes or channels, and for an image that is smaller than this stride.
         """
         self._check(x)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
@@ -389,9 +383,8 @@ class ConvNeXt(nn.Module):
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """(b, in_channels, h, w) -> the map of every stage, at strides 4, 8, 16 and 32.
 
-        `model.dims` has their numbers of channels. The first stride is the patch size. Detection
-        and segmentation heads take such maps, often with a norm of their own for each. Errors: see
-        forward_features.
+        `model.dims` has their channels; the first stride is the patch size. Detection and
+        segmentation heads take such maps, often with a norm for each. Errors: forward_features.
         """
         self._check(x)
         maps = []
@@ -882,16 +875,16 @@ SETTINGS = "config.json", "preprocessor_config.json"  # and what they are for
 def read_source(source: str | PathLike) -> tuple[Mapping, dict[str, str], dict[str, Any]]:
     """Read the content, the metadata and the settings of a file, a folder or a download.
 
-    source: a path, an https address, timm:NAME or hf:REPO. A folder is one that the method
-    save_pretrained wrote. The libraries keep what they fetched.
-
-    settings: what is known about the images and classes, some of mean and std (lists), img_size,
-    crop_pct (None where the whole image is squeezed, without a crop) and classes (names in the
-    order of the logits). Raises FileNotFoundError for a missing file, ValueError for one that
-    cannot be read, ConnectionError without a connection, and the clients' other errors.
+    source: a path, an https address, timm:NAME or hf:REPO. A folder is one of save_pretrained. The
+    libraries keep what they fetched. settings: what is known about the images and classes, some of
+    mean and std (lists), img_size, crop_pct (None if the whole image is squeezed, without a crop)
+    and classes (names in the order of the logits). Raises FileNotFoundError, ValueError for a file
+    that cannot be read, ConnectionError without a connection, and the clients' other errors.
     """
     path = os.path.expanduser(source)
     kind, _, name = path.partition(":")
+    if kind == "http":
+        raise ValueError(f"{source}: give an address that begins with https:")
     try:
         if kind == "timm":
             return fetch_from_timm(name)
@@ -901,16 +894,12 @@ def read_source(source: str | PathLike) -> tuple[Mapping, dict[str, str], dict[s
         raise ConnectionError(f"cannot fetch {source}: {error}") from error
     if kind == "https":
         return *fetch_address(path), {}
-    if kind == "http":
-        raise ValueError(f"{source}: give an address that begins with https:")
     if os.path.isdir(path):
         present = [name for name in SAVED if os.path.exists(os.path.join(path, name))]
         if not present:
             raise ValueError(f"{source} holds neither {' nor '.join(SAVED)}")
         path = os.path.join(path, present[0])
-    settings = {}
-    if os.path.basename(path) in SAVED:
-        settings = read_settings(os.path.dirname(path))
+    settings = read_settings(os.path.dirname(path)) if os.path.basename(path) in SAVED else {}
     return *read_file(path), settings
 
 def fetch_from_timm(name: str) -> tuple[Mapping, dict[str, str], dict[str, Any]]:
@@ -946,14 +935,19 @@ def fetch_address(address: str) -> tuple[Mapping, dict[str, str]]:
         os.remove(path)
         raise
 
+def read_json(path: str) -> dict[str, Any]:
+    """Read a JSON file; {} if there is none."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"cannot read {path}: {error}") from error
+
 def read_settings(folder: str) -> dict[str, Any]:
     """Read what the SETTINGS files in a folder say, as far as they are there; see read_source."""
-    config, images = {}, {}
-    for name, content in zip(SETTINGS, (config, images), strict=True):
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                content.update(json.load(file))
+    config, images = (read_json(os.path.join(folder, name)) for name in SETTINGS)
     if "pretrained_cfg" in config:
         return timm_settings(config | config["pretrained_cfg"])
     if config.get("hidden_act", "gelu") != "gelu":
@@ -1051,10 +1045,8 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
                              "ema_state_dict: pass one of them")
         content = content["state_dict"]
     values = dict(flattened(content))
-    spellings = dict(SPELLINGS)
-    if any("pointwise_conv" in name for name in values):
-        spellings |= OPENMMLAB_AND_DINOV3
-    for old, new in spellings.items():
+    is_other = any("pointwise_conv" in name for name in values)
+    for old, new in (SPELLINGS | OPENMMLAB_AND_DINOV3 if is_other else SPELLINGS).items():
         values = {re.sub(old, new, name): value for name, value in values.items()}
     layout, prefix = find_network(list(values))
     if layout == "huggingface":  # there the classifier's names are without the backbone's prefix
@@ -1107,22 +1099,19 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
         return str(tuple(place[name].shape)) if name in place else "missing"
 
     misfits = [name for name in state | tensors if shape(state, name) != shape(tensors, name)]
-    may_keep = []  # parts of the model, by what their names begin with
-    if not any(name.startswith("head.") for name in tensors):
-        may_keep.append("head.norm.")
-    if not strict:
-        may_keep.append("head.fc.")
+    may_keep = [] if strict else ["head.fc."]  # what the names of a part begin with
     if not strict and "downsample_layers.0.0.weight" in tensors:
         may_keep.append("downsample_layers.0.0.")
+    if not any(name.startswith("head.") for name in tensors):
+        may_keep.append("head.norm.")
     parts = tuple(part for part in may_keep if f"{part}weight" in misfits)
-    wrong = []
-    for name in misfits:
-        if not name.startswith(parts) and not re.fullmatch(OUTPUT_NORMS, name):
-            wrong.append(f"{name} is {shape(tensors, name)} in the weights, {shape(state, name)} in "
-                         "the model")
+    wrong = [name for name in misfits
+             if not name.startswith(parts) and not re.fullmatch(OUTPUT_NORMS, name)]
     if wrong:
+        details = [f"{name} is {shape(tensors, name)} in the weights, {shape(state, name)} in the "
+                   "model" for name in wrong[:3]]
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"these weights do not fit the model: {'; '.join(wrong[:3])}{more}")
+        raise ValueError(f"these weights do not fit the model: {'; '.join(details)}{more}")
     kept = [name for name in state if name.startswith(parts)]
     loaded = [name for name in state if not name.startswith(parts)]
     left_out = [name for name in tensors if name not in state]
@@ -1212,28 +1201,24 @@ class FastDepthwiseConv(DepthwiseConv):
     def forward(self, x: Tensor) -> Tensor:
         autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-        if not self.is_unchanged() or not self.can_be_faster(x, dtype):
+        in_training = torch.is_grad_enabled() and not (
+            torch.jit.is_tracing() or torch.compiler.is_exporting())
+        fits = x.device.type == "cpu" and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0
+        if not in_training or not fits or not self.is_unchanged():
             return super().forward(x)
         if autocast:  # which does not convert the inputs of our own functions
             x = x.to(dtype)
         return DepthwiseGradient.apply(x, self.weight, self.bias)
 
     def is_unchanged(self) -> bool:
-        """Return whether settings and methods are those of DepthwiseConv."""
+        """Return whether methods and settings are those of DepthwiseConv."""
         k = self.kernel_size[0]
         convolution = getattr(self._conv_forward, "__func__", None)
-        return (DepthwiseConv.forward is nn.Conv2d.forward
-                and convolution is nn.Conv2d._conv_forward
+        return (convolution is nn.Conv2d._conv_forward
+                and DepthwiseConv.forward is nn.Conv2d.forward
                 and self.kernel_size == (k, k) and self.padding == (k // 2, k // 2)
                 and self.stride == self.dilation == (1, 1) and self.padding_mode == "zeros"
                 and self.groups == self.in_channels == self.out_channels and self.bias is not None)
-
-    @staticmethod
-    def can_be_faster(x: Tensor, dtype: torch.dtype) -> bool:
-        """Return whether gradients of this type are recorded on a CPU."""
-        if torch.jit.is_tracing() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
-            return False
-        return x.device.type == "cpu" and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0
 
 class DepthwiseGradient(torch.autograd.Function):
     """The depthwise convolution; its derivatives are depthwise convolutions again.
