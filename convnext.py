@@ -103,8 +103,7 @@ class DepthwiseConv(nn.Conv2d):
 
     A 7x7 kernel takes 49·dim multiplications per position, where a dense 7x7 convolution takes
     49·dim², so a large kernel is affordable. Going from 3x3 to 7x7 gains 0.65 points of accuracy,
-    and larger kernels gain no more; the windows of Swin's attention have 7x7 positions, too
-    (section 2.5). Raises ValueError for an even kernel size, which would change the map's size.
+    and larger kernels gain no more. Swin's windows are as large (section 2.5). Raises ValueError for an even kernel size, which would change the map's size.
     """
 
     def __init__(self, dim: int, kernel_size: int = 7) -> None:
@@ -123,7 +122,7 @@ class LayerNorm(nn.LayerNorm):
     longer depends on the rest of its batch, and training and evaluation compute the same.
 
     ε prevents a division by zero where all channels are alike. It matters where the variance is not
-    much larger, so pretrained weights need the ε of their training: 1e-6. PyTorch's default is 1e-5.
+    much larger: pretrained weights need the ε of their training, 1e-6. PyTorch's default is 1e-5.
     """
 
     def __init__(self, dim: int) -> None:
@@ -750,14 +749,14 @@ SHAPES = {  # the parameters with a different shape, by a part of their native n
     "huggingface": {".grn.": "c -> 1 1 1 c"},
 }
 
-TABLE: list[dict[str, str]] = []  # a dict per row: the whole name in each layout that has one
+TABLE: dict[str, dict[str, str]] = {}  # the rows with whole names, by the native name
 for line in NAMES.strip().splitlines():
     row = dict(zip(LAYOUTS, line.split(), strict=True))
     for layout, block in zip(LAYOUTS, BLOCK, strict=True):
         row[layout] = row["native"] if row[layout] == "=" else row[layout]
         if row[layout].startswith("."):
             row[layout] = block + row[layout]
-    TABLE.append(row)
+    TABLE[row["native"]] = row
 
 @cache
 def pattern(text: str) -> str:
@@ -766,7 +765,7 @@ def pattern(text: str) -> str:
 
 def renamed(name: str, old: str, new: str) -> str | None:
     """Translate a parameter's name from one layout into another; None if it is unknown there."""
-    for row in TABLE:  # stage 0 has the stem's rows, which come first
+    for row in TABLE.values():  # stage 0 has the stem's rows, which come first
         match = re.fullmatch(pattern(row[old]) + r"(?P<end>(\.[01])?\.(weight|bias)|)", name)
         if match and row[new] != "-":
             numbers = match.groupdict()
@@ -805,9 +804,10 @@ def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
         raise ValueError("torchvision has no ConvNeXt V2")
     if layout == "timm" and len(depths) != 4:
         raise ValueError(f"timm's ConvNeXt always has 4 stages, this one has {len(depths)}")
-    for name, tensor in list(state.items()):
-        if not grn and name.endswith(".dwconv.bias"):
-            state.setdefault(name.replace("dwconv.bias", "layer_scale.gamma"), tensor * 0 + 1)
+    for name, bias in list(state.items()):
+        if not grn and name.endswith(".dwconv.bias"):  # as long as γ
+            gamma_name = name.replace("dwconv.bias", "layer_scale.gamma")
+            state.setdefault(gamma_name, torch.ones_like(bias))
     shapes = SHAPES[layout]
     variant = variant_of(depths, model.dims, grn) or ""
     if layout == "timm" and variant.removeprefix("v2_") not in ("atto", "femto", "pico", "nano"):
@@ -869,8 +869,8 @@ def read_file(path: str | PathLike) -> tuple[Mapping, dict[str, str]]:
         raise ValueError(f"cannot read {path}: {line.strip().partition('. ')[0]}") from error
 
 DOWNLOADS = ("timm:", "hf:", "https:")
-SAVED = "model.safetensors", "pytorch_model.bin"  # the weights that save_pretrained wrote
-SETTINGS = "config.json", "preprocessor_config.json"  # and what they are for
+SAVED = "model.safetensors", "pytorch_model.bin"  # what save_pretrained calls the weights
+SETTINGS = "config.json", "preprocessor_config.json"  # what it calls their description
 
 def read_source(source: str | PathLike) -> tuple[Mapping, dict[str, str], dict[str, Any]]:
     """Read the content, the metadata and the settings of a file, a folder or a download.
@@ -959,6 +959,7 @@ def read_settings(folder: str) -> dict[str, Any]:
     size = images.get("size", config.get("image_size"))
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height"))
+    size = size if isinstance(size, int) else None
     settings = {"mean": images.get("image_mean"), "std": images.get("image_std"), "img_size": size,
                 "classes": classes}
     settings = {name: value for name, value in settings.items() if value}
@@ -968,11 +969,14 @@ def read_settings(folder: str) -> dict[str, Any]:
 
 def timm_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Translate timm's description of a pretrained network; see read_source."""
-    settings: dict[str, Any] = {name: list(config[name]) for name in ("mean", "std")}
-    settings["img_size"] = config["input_size"][-1]
-    settings["crop_pct"] = config["crop_pct"] if config.get("crop_mode") != "squash" else None
-    if config.get("label_names"):
-        settings["classes"] = list(config["label_names"])
+    settings = {"mean": config.get("mean"), "std": config.get("std"),
+                "classes": config.get("label_names")}
+    settings = {name: list(value) for name, value in settings.items() if value}
+    if "input_size" in config:
+        settings["img_size"] = config["input_size"][-1]
+    if "crop_pct" in config:
+        squeezed = config.get("crop_mode") == "squash"
+        settings["crop_pct"] = None if squeezed else config["crop_pct"]
     return settings
 
 class Weights(NamedTuple):
@@ -1009,8 +1013,7 @@ def find_network(names: list[str]) -> tuple[str, str]:
     """Return layout and prefix of the network whose parameters are among these names."""
     networks = {}
     for layout in LAYOUTS:
-        rows = [row for row in TABLE if row["native"].endswith("pwconv1")]
-        marker = pattern(rows[0][layout])  # differs in each layout
+        marker = pattern(TABLE["stages.{s}.{b}.mlp.pwconv1"][layout])  # differs in each layout
         for name in names:
             match = re.fullmatch(rf"(|.*\.){marker}\.weight", name)
             if match:
@@ -1040,13 +1043,13 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
     if not isinstance(content, Mapping):
         raise TypeError(f"weights are a state dict or a file, not a {type(content).__name__}")
     if "state_dict" in content and "ema_state_dict" in content:
-        if "mmengine_version" not in content.get("meta", {}):
+        if "mmengine_version" not in (content.get("meta") or {}):
             raise ValueError("the average may be state_dict (as MMEngine writes it) or "
                              "ema_state_dict: pass one of them")
         content = content["state_dict"]
     values = dict(flattened(content))
-    is_other = any("pointwise_conv" in name for name in values)
-    for old, new in (SPELLINGS | OPENMMLAB_AND_DINOV3 if is_other else SPELLINGS).items():
+    is_theirs = any(re.search(r"\d\.pointwise_conv1\.", name) for name in values)
+    for old, new in (SPELLINGS | OPENMMLAB_AND_DINOV3 if is_theirs else SPELLINGS).items():
         values = {re.sub(old, new, name): value for name, value in values.items()}
     layout, prefix = find_network(list(values))
     if layout == "huggingface":  # there the classifier's names are without the backbone's prefix

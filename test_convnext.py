@@ -1023,6 +1023,13 @@ WRAPPED = {
 }
 
 
+def test_another_programs_head_with_pointwise_conv_changes_no_names():
+    model = randomise(create_convnext("atto", num_classes=5))
+    state = prefixed("backbone.", export_state_dict(model, "timm"))
+    weights = convnext.read_weights(state | {"decode.pointwise_conv1.weight": torch.ones(1)})
+    torch.testing.assert_close(weights.tensors, dict(model.state_dict()), atol=0, rtol=0)
+
+
 @pytest.mark.filterwarnings("error")  # nothing was left out
 @pytest.mark.parametrize("program", WRAPPED)
 def test_wrapped_and_prefixed_weights(program, tmp_path):
