@@ -98,12 +98,12 @@ class DepthwiseConv(nn.Conv2d):
 
     with k = kernel_size, 7 in ConvNeXt, and r = k // 2. Outside of the map x is zero. Like the
     weighted sum in self-attention, this mixes positions and keeps channels apart. MobileNet has
-    such convolutions, and ResNeXt is half-way there: it mixes the channels of small groups
-    (section 2.3).
+    such convolutions; ResNeXt's mix the channels of small groups (section 2.3).
 
     A 7x7 kernel takes 49·dim multiplications per position, where a dense 7x7 convolution takes
     49·dim², so a large kernel is affordable. Going from 3x3 to 7x7 gains 0.65 points of accuracy,
-    and larger kernels gain no more. Swin's windows are as large (section 2.5). Raises ValueError for an even kernel size, which would change the map's size.
+    and larger kernels gain no more. Swin's windows are as large (section 2.5). Raises ValueError
+    for an even kernel size, which would change the size of the map.
     """
 
     def __init__(self, dim: int, kernel_size: int = 7) -> None:
@@ -245,8 +245,7 @@ class Block(nn.Module):
     removing two of its three norms 0.14 (section 2.6). The paper measures this and has no theory.
 
     Of the 49·dim + 8·dim² multiplications per position, the 7x7 kernel takes 6 % at 96 channels and
-    0.8 % at 768. Its share of the time is far larger, because a processor does many small filters
-    less efficiently than one large matrix product.
+    0.8 % at 768, but far more of the time: many small filters are slower than one matrix product.
 
     The order of the axes changes within the block. A convolution takes (b, c, h, w), but the norm
     and the linear layers act on the last axis, so that they need (b, h, w, c). The two rearranges
@@ -395,9 +394,10 @@ class ConvNeXt(nn.Module):
     def _check(self, x: Tensor) -> None:
         first, *others = self.downsample_layers
         stem = first[0] if isinstance(first, nn.Sequential) else first
-        if not isinstance(stem, Patchify) or {type(layer) for layer in others} - {Downsample}:
-            return  # layers of your own: only PyTorch knows what fits them
-        stride = stem.stride[0] * 2 ** len(others)
+        layers = [stem] + [layer[-1] for layer in others if isinstance(layer, Downsample)]
+        if len(layers) < len(self.dims) or not all(isinstance(m, Patchify) for m in layers):
+            return  # a layer was replaced: only PyTorch knows what fits it
+        stride = math.prod([layer.stride[0] for layer in layers])
         if x.ndim != 4 or x.shape[1] != stem.in_channels or min(x.shape[2:]) < stride:
             raise ValueError(
                 f"images must be (b, {stem.in_channels}, h, w) with h and w {stride} or more (the "
@@ -566,12 +566,12 @@ class WindowAttention(nn.Module):
 
         y = W · softmax(q · kᵀ / √d + B) · v,   q, k, v = linear(x),   d = dim / heads
 
-    There are dim // 16 heads, of 16 channels each where 16 divides dim. Swin has 32 channels per
-    head; 16 give narrow networks several heads, too. B is learned, for each head and relative
-    position. Positions outside of the map are masked. shift: the windows begin at position 3
-    instead of 0, and what lies before forms a smaller window. In Swin every other block is shifted,
-    so that windows exchange information. An axis with a single window is not shifted. The biases of
-    the linear layers start at 0, as in Swin. Raises ValueError if the heads cannot share dim.
+    There are dim // 16 heads; Swin has 32 channels per head, but 16 give narrow networks several
+    heads, too. B is learned, for each head and relative position. Positions outside of the map are
+    masked. shift: the windows begin at position 3 instead of 0, and what lies before forms a
+    smaller window. In Swin every other block is shifted, so that windows exchange information. An
+    axis with a single window is not shifted. As in Swin, the biases of the linear layers start at
+    0. Raises ValueError if dim is not a multiple of the number of heads.
     """
 
     def __init__(self, dim: int, shift: bool, window: int = 7) -> None:
@@ -679,12 +679,12 @@ def count_macs(model: nn.Module, image_size: int, in_channels: int | None = None
     """Count the multiply-accumulates of convolutions, linear layers and attention for one image.
 
     The papers call them FLOPs. They are counted on the meta device, where tensors have only shapes.
-    in_channels: of the image; by default, what the first convolution takes.
+    in_channels: of the image; by default, what the stem takes if it is a Patchify, otherwise 3.
     """
     model = copy.deepcopy(model).to("meta").eval()
     if in_channels is None:
-        convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-        in_channels = convolutions[0].in_channels if convolutions else 3
+        layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        in_channels = layers[0].in_channels if isinstance(layers[0], Patchify) else 3
     dtype = next(model.parameters()).dtype
     image = torch.zeros(1, in_channels, image_size, image_size, device="meta", dtype=dtype)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -786,11 +786,10 @@ def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
     """Return the state dict, which shares the model's memory, in one of the LAYOUTS.
 
     The other libraries' V1 has LayerScale, so a V1 without it is written with γ = 1, the same
-    function. Where the stem is not the usual one, build the other library's network with the same
-    stem. Hugging Face's last norm has another ε, 1e-12; give its configuration
-    layer_norm_eps=1e-6. A network without classes has its names without the prefix "convnext.".
-
-    Raises ValueError for an unknown layout or parameter, and for a network that the library lacks.
+    function. Hugging Face's last norm has ε = 1e-12 unless you configure layer_norm_eps=1e-6.
+    Its names have no prefix "convnext." if the network has no classes, as in its ConvNextModel.
+    timm and torchvision cannot build every stem: replace theirs by one with your patches. Raises
+    ValueError for an unknown layout or parameter, and for a network that the library lacks.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
@@ -875,11 +874,13 @@ SETTINGS = "config.json", "preprocessor_config.json"  # what it calls their desc
 def read_source(source: str | PathLike) -> tuple[Mapping, dict[str, str], dict[str, Any]]:
     """Read the content, the metadata and the settings of a file, a folder or a download.
 
-    source: a path, an https address, timm:NAME or hf:REPO. A folder is one of save_pretrained. The
-    libraries keep what they fetched. settings: what is known about the images and classes, some of
-    mean and std (lists), img_size, crop_pct (None if the whole image is squeezed, without a crop)
-    and classes (names in the order of the logits). Raises FileNotFoundError, ValueError for a file
-    that cannot be read, ConnectionError without a connection, and the clients' other errors.
+    source: timm:NAME, hf:REPO, the path or https address of a .safetensors, .pt, .pth or .bin file,
+    or a folder that save_pretrained wrote. What is fetched is kept for the next time.
+
+    settings: what is known about the images and classes, some of mean and std (lists), img_size,
+    crop_pct (None if the whole image is squeezed, without a crop) and classes (names in the order
+    of the logits). Raises FileNotFoundError, ValueError for a file that cannot be read,
+    ConnectionError without a connection, and other errors of timm and huggingface_hub.
     """
     path = os.path.expanduser(source)
     kind, _, name = path.partition(":")
@@ -937,13 +938,13 @@ def fetch_address(address: str) -> tuple[Mapping, dict[str, str]]:
 
 def read_json(path: str) -> dict[str, Any]:
     """Read a JSON file; {} if there is none."""
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        try:
+    try:
+        with open(path, encoding="utf-8") as file:
             return json.load(file)
-        except ValueError as error:
-            raise ValueError(f"cannot read {path}: {error}") from error
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
 
 def read_settings(folder: str) -> dict[str, Any]:
     """Read what the SETTINGS files in a folder say, as far as they are there; see read_source."""
@@ -1085,9 +1086,7 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
                  strict: bool = False) -> Report:
     """Copy weights into the model, in place.
 
-    source: a state dict, the path or the https address of a .safetensors, .pt, .pth or .bin file,
-    a folder of save_pretrained, timm:NAME, hf:REPO, or what read_weights returned; in any of the
-    LAYOUTS.
+    source: a state dict, what read_source takes, or what read_weights returned; in any layout.
 
     The model keeps its classifier if the source has none or one for another number of classes, and
     its stem if the source's has other patches or channels. With strict=True, both are errors. The

@@ -155,6 +155,9 @@ def test_count_macs_takes_what_the_model_takes():
     """Other channels and types; (49·C + 8·C²)·positions in a block of C channels."""
     model = convnext.ConvNeXt((1,), (8,), in_channels=5, num_classes=0).bfloat16()
     assert convnext.count_macs(model, 32) == (5 * 16 * 8 + 49 * 8 + 8 * 64) * 64
+    model.downsample_layers[0][0] = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 8, 1))
+    model.bfloat16()
+    assert convnext.count_macs(model, 32) == (48 * 8 + 49 * 8 + 8 * 64) * 64
 
 
 def peer(library, variant, num_classes=1000):
@@ -520,6 +523,21 @@ def test_any_stem_can_take_the_place_of_patchify(stem, whole):
     first, *_, last = model.forward_pyramid(x)
     torch.testing.assert_close(first, model.stages[0](norm(stem(x))))
     assert last.shape == (1, 320, 1, 1)
+
+
+@pytest.mark.parametrize("how", ["stride", "layer"])
+def test_a_last_stage_at_full_resolution_takes_smaller_images(how):
+    """As for segmentation: the last downsampling layer keeps the resolution."""
+    model = create_convnext("atto")
+    layer = model.downsample_layers[3]
+    if how == "stride":
+        layer[1].stride = (1, 1)
+    else:
+        layer[1] = nn.Conv2d(160, 320, 3, padding=1)
+    size = 1 if how == "stride" else 2  # of the map: the 2x2 filter has no padding
+    assert model.forward_features(torch.randn(1, 3, 32, 32)).shape[2:] == (size, size)
+    if how == "layer":
+        assert model.forward_features(torch.randn(1, 3, 16, 16)).shape[2:] == (1, 1)
 
 
 def test_a_stem_that_is_no_sequence_runs():
@@ -1151,7 +1169,7 @@ def test_unusual_archives_are_read(kind, tmp_path):
     torch.serialization.set_crc32_options(True)
     if "folder" in kind:
         with zipfile.ZipFile(path, "a") as archive:
-            archive.mkdir("file/other")
+            archive.writestr("file/other/", b"")
     torch.testing.assert_close(
         dict(convnext.read_file(path)[0]), dict(model.state_dict())
     )
@@ -1533,7 +1551,7 @@ def test_a_folder_of_transformers_says_what_its_images_and_classes_are(tmp_path)
     peer = randomise(transformers.ConvNextForImageClassification(config))
     peer.save_pretrained(tmp_path)
     assert convnext.read_weights(tmp_path).settings == {"classes": names, "img_size": 64}
-    processor = transformers.ConvNextImageProcessorPil(
+    processor = transformers.ConvNextImageProcessor(
         size={"shortest_edge": 96}, crop_pct=0.9, image_mean=[0.1, 0.2, 0.3])
     processor.save_pretrained(tmp_path)
     for source in (tmp_path, tmp_path / "model.safetensors"):
