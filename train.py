@@ -228,10 +228,10 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
         origin = typed.get("resume") or typed.get("eval_only") or typed.get("init_from")
         source = open_source(origin) if origin else None
         recipe = combine(typed, source)
-        if recipe.predict and source:
+        if recipe.predict:
             print_predictions(source, recipe)
             return 0
-        if recipe.eval_only and source:
+        if recipe.eval_only:
             report_source(source, recipe, splits)
             return 0
         if not recipe.resume:
@@ -535,7 +535,15 @@ def report_run(run: Run) -> None:
 
 def report_source(source: Source, recipe: Recipe, splits: tuple | None = None) -> None:
     """Print the scores of --eval-only's weights on the test images."""
-    test = splits[1] if splits else load_split(recipe, train=False, classes=source.classes)
+    if splits:
+        test = splits[1]
+    else:
+        test = load_split(recipe, train=False)
+        if source.classes and {*source.classes} >= {*test.classes}:  # in the order of the weights
+            test = load_split(recipe, train=False, classes=source.classes)
+        elif source.classes and not source.settings:  # "tench" or "n01440764"
+            note(f"{source.name} names its classes in another way: {shorten(source.classes)}")
+            source = replace(source, classes=None)
     test = prepare_images(test, recipe)
     check_classes(source, test.classes)
     device = pick_device(recipe.device)
@@ -611,7 +619,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 def takes_muon(name: str, p: Tensor) -> bool:
     """Whether Muon trains a parameter: the matrices and the dense filters of the blocks. Each row
     of a depthwise filter has a channel of its own, so there is nothing to orthogonalize."""
-    in_block = ".pwconv" in name or ".branch." in name or ".shortcut." in name
+    parts = ("pwconv1", "pwconv2", "branch", "shortcut", "qkv", "proj")
+    in_block = any(part in parts for part in name.split("."))
     is_dense = p.ndim >= 2 and p.shape[1] > 1
     return in_block and is_dense and name.endswith("weight")
 
@@ -985,8 +994,8 @@ def prepare_data(recipe: Recipe, source: Source | None = None,
     """Load all images. Their mean and standard deviation are the source's, if there is one."""
     train = splits[0] if splits else load_split(recipe, train=True)
     test = splits[1] if splits else load_split(recipe, train=False, classes=train.classes)
-    listed = fingerprint(train, recipe), fingerprint(test, recipe)
     every = prepare_images(train, recipe)
+    listed = test
     test = prepare_images(test, recipe)
     empty = {*range(len(train.classes))} - {*every.labels.tolist()}
     if empty:
@@ -1000,7 +1009,9 @@ def prepare_data(recipe: Recipe, source: Source | None = None,
         mean, std = (torch.tensor(source.expects[name]) for name in ("mean", "std"))
     else:
         mean, std = channel_statistics(every, recipe.workers)
-    return Data(train, val, test, every.classes, mean, std, *listed)
+    # A large test image may turn out to be damaged late, and be left out when the run is resumed.
+    tested = fingerprint(listed if test.square else test, recipe)
+    return Data(train, val, test, every.classes, mean, std, fingerprint(every, recipe), tested)
 
 @dataclass
 class Images(Dataset):
@@ -1311,20 +1322,17 @@ def channel_statistics(images: Images, workers: int) -> tuple[Tensor, Tensor]:
     return mean.float(), std.float()
 
 def fingerprint(images: Images, recipe: Recipe) -> str:
-    """A hash of the images' classes and order, and of their contents or their file names. Drawn
-    shapes are described by their settings: their last bits depend on the CPU."""
+    """A hash of the images' classes and order, and of their contents or, above 64x64, file names.
+    Drawn shapes are described by their settings: their last bits depend on the CPU."""
     digest = hashlib.sha256(json.dumps([images.classes, images.labels.tolist()]).encode())
     if recipe.dataset == "synthetic":
         digest.update(f"shapes of {recipe.img_size} pixels".encode())
         return digest.hexdigest()
     for image in images.images:
-        if not isinstance(image, str):
-            digest.update(np.ascontiguousarray(image))
-        elif recipe.img_size > SMALL:
+        if isinstance(image, str):
             digest.update(os.fsencode(os.path.relpath(image, recipe.data_dir)))
         else:
-            with contextlib.suppress(OSError):  # what cannot be read is reported later
-                digest.update(Path(image).read_bytes())
+            digest.update(np.ascontiguousarray(image))
     return digest.hexdigest()
 
 def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1606,6 +1614,7 @@ def check_finite(run: Run) -> float:
 def new_folder(recipe: Recipe) -> str:
     """--output, or a folder that no other run has, even if it starts in the same second."""
     if recipe.output:
+        Path(recipe.output).mkdir(parents=True, exist_ok=True)
         return recipe.output
     name = time.strftime("runs/%Y%m%d-%H%M%S-") + network_name(recipe).replace(" ", "-")
     folder, number = Path(name), 1
@@ -1620,7 +1629,8 @@ def new_folder(recipe: Recipe) -> str:
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder. One that stays empty is removed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
     file = folder / ".lock"
     try:
         with FileLock(file, timeout=0):
