@@ -42,7 +42,6 @@ c = channels, h, w = height and width. The einops patterns that reorder axes, su
 
 To try a different norm, change the base class of LayerNorm; for a different MLP or filter, change
 InvertedBottleneck or DepthwiseConv. Pretrained weights fit only layers with the same parameters.
-
 The network computes what the authors' code does (https://github.com/facebookresearch/ConvNeXt),
 and is initialised like it. `patch_size` is an addition: patches of 4x4 pixels leave too few
 positions of a small image. Each idea is a module of its own, so the authors' parameter `pwconv1`
@@ -99,13 +98,12 @@ class DepthwiseConv(nn.Conv2d):
 
     with k = kernel_size, 7 in ConvNeXt, and r = k // 2. Outside of the map x is zero. Like the
     weighted sum in self-attention, this mixes positions and keeps channels apart. MobileNet has
-    such convolutions, and ResNeXt is half-way there: it mixes the channels of small groups
-    (section 2.3).
+    such convolutions; ResNeXt's mix the channels of small groups (section 2.3).
 
     A 7x7 kernel takes 49·dim multiplications per position, where a dense 7x7 convolution takes
     49·dim², so a large kernel is affordable. Going from 3x3 to 7x7 gains 0.65 points of accuracy,
-    and larger kernels gain no more; the windows of Swin's attention have 7x7 positions, too
-    (section 2.5). Raises ValueError for an even kernel size, which would change the map's size.
+    and larger kernels gain no more. Swin's windows are as large (section 2.5). Raises ValueError
+    for an even kernel size, which would change the size of the map.
     """
 
     def __init__(self, dim: int, kernel_size: int = 7) -> None:
@@ -124,7 +122,7 @@ class LayerNorm(nn.LayerNorm):
     longer depends on the rest of its batch, and training and evaluation compute the same.
 
     ε prevents a division by zero where all channels are alike. It matters where the variance is not
-    much larger, so pretrained weights need the ε of their training: 1e-6. PyTorch's default is 1e-5.
+    much larger: pretrained weights need the ε of their training, 1e-6. PyTorch's default is 1e-5.
     """
 
     def __init__(self, dim: int) -> None:
@@ -247,8 +245,7 @@ class Block(nn.Module):
     removing two of its three norms 0.14 (section 2.6). The paper measures this and has no theory.
 
     Of the 49·dim + 8·dim² multiplications per position, the 7x7 kernel takes 6 % at 96 channels and
-    0.8 % at 768. Its share of the time is far larger, because a processor does many small filters
-    less efficiently than one large matrix product.
+    0.8 % at 768, but far more of the time: many small filters are slower than one matrix product.
 
     The order of the axes changes within the block. A convolution takes (b, c, h, w), but the norm
     and the linear layers act on the last axis, so that they need (b, h, w, c). The two rearranges
@@ -310,21 +307,17 @@ class ConvNeXt(nn.Module):
 
     depths, dims: the number of blocks and of channels in each stage, for any number of stages. The
     channels can be read as `model.dims`. num_classes: 0 for features. in_channels: channels of the
-    image. layer_scale: initial γ, 0 for no LayerScale. grn: ConvNeXt V2.
+    image. layer_scale: initial γ, 0 for no LayerScale. grn: ConvNeXt V2. drop_path: the chance of
+    dropping the last block's branch, in [0, 1); it rises linearly from 0 at the first block. The
+    paper trains Tiny with 0.1, Small with 0.4, Base and Large with 0.5 (table 5).
 
-    patch_size: of the stem, 4 in the paper. In four stages an image of 32x32 pixels shrinks to a
-    map of 1x1 positions with patch_size 4, of 2x2 with patch_size 2, and of 4x4 with patch_size 1.
-    Half the patch size means four times as many positions, and so four times the work.
-
-    drop_path: the chance of dropping the last block's branch, at least 0 and below 1. It rises
-    linearly from 0 at the first block. The paper trains Tiny with 0.1, Small with 0.4, Base and
-    Large with 0.5 (table 5).
+    patch_size: of the stem, 4 in the paper. Four stages turn an image of 32x32 pixels into a map of
+    1x1 positions with patch_size 4, of 2x2 with patch_size 2, and of 4x4 with patch_size 1. Half
+    the patch size means four times as many positions, and so four times the work.
 
     head_init_scale: a factor on the classifier's initial weights, 0.001 in fine-tuning (table 6).
     The gradient that reaches the pretrained layers was multiplied by the classifier's weights. As
     long as these are random, it would spoil the pretrained layers, so it is made small.
-
-    Raises ValueError for depths and dims of different length, and for numbers out of range.
     """
 
     def __init__(
@@ -377,9 +370,8 @@ class ConvNeXt(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(b, in_channels, h, w) -> the last stage's map, (b, dims[-1], h // 32, w // 32).
 
-        The total stride is 32 for four stages and patches of 4x4 pixels. In general it is
-        patch_size · 2^(stages - 1). Raises ValueError for a wrong number of axes or channels, and
-        for an image that is smaller than the total stride.
+        The total stride is 32, in general patch_size · 2^(stages - 1). Raises ValueError for a
+        wrong number of axes or channels, and for an image that is smaller than this stride.
         """
         self._check(x)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
@@ -389,9 +381,8 @@ class ConvNeXt(nn.Module):
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """(b, in_channels, h, w) -> the map of every stage, at strides 4, 8, 16 and 32.
 
-        `model.dims` has their numbers of channels. The first stride is the patch size. Detection
-        and segmentation heads take such maps, often with a norm of their own for each. Errors: see
-        forward_features.
+        `model.dims` has their channels; the first stride is the patch size. Detection and
+        segmentation heads take such maps, often with a norm for each. Errors: forward_features.
         """
         self._check(x)
         maps = []
@@ -403,9 +394,10 @@ class ConvNeXt(nn.Module):
     def _check(self, x: Tensor) -> None:
         first, *others = self.downsample_layers
         stem = first[0] if isinstance(first, nn.Sequential) else first
-        if not isinstance(stem, Patchify) or {type(layer) for layer in others} - {Downsample}:
-            return  # layers of your own: only PyTorch knows what fits them
-        stride = stem.stride[0] * 2 ** len(others)
+        layers = [stem] + [layer[-1] for layer in others if isinstance(layer, Downsample)]
+        if len(layers) < len(self.dims) or not all(isinstance(m, Patchify) for m in layers):
+            return  # a layer was replaced: only PyTorch knows what fits it
+        stride = math.prod([layer.stride[0] for layer in layers])
         if x.ndim != 4 or x.shape[1] != stem.in_channels or min(x.shape[2:]) < stride:
             raise ValueError(
                 f"images must be (b, {stem.in_channels}, h, w) with h and w {stride} or more (the "
@@ -574,12 +566,12 @@ class WindowAttention(nn.Module):
 
         y = W · softmax(q · kᵀ / √d + B) · v,   q, k, v = linear(x),   d = dim / heads
 
-    There are dim // 16 heads, of 16 channels each where 16 divides dim. Swin has 32 channels per
-    head; 16 give narrow networks several heads, too. B is learned, for each head and relative
-    position. Positions outside of the map are masked. shift: the windows begin at position 3
-    instead of 0, and what lies before forms a smaller window. In Swin every other block is shifted,
-    so that windows exchange information. An axis with a single window is not shifted. The biases of
-    the linear layers start at 0, as in Swin. Raises ValueError if the heads cannot share dim.
+    There are dim // 16 heads; Swin has 32 channels per head, but 16 give narrow networks several
+    heads, too. B is learned, for each head and relative position. Positions outside of the map are
+    masked. shift: the windows begin at position 3 instead of 0, and what lies before forms a
+    smaller window. In Swin every other block is shifted, so that windows exchange information. An
+    axis with a single window is not shifted. As in Swin, the biases of the linear layers start at
+    0. Raises ValueError if dim is not a multiple of the number of heads.
     """
 
     def __init__(self, dim: int, shift: bool, window: int = 7) -> None:
@@ -687,12 +679,12 @@ def count_macs(model: nn.Module, image_size: int, in_channels: int | None = None
     """Count the multiply-accumulates of convolutions, linear layers and attention for one image.
 
     The papers call them FLOPs. They are counted on the meta device, where tensors have only shapes.
-    in_channels: of the image; by default, what the first convolution takes.
+    in_channels: of the image; by default, what the stem takes if it is a Patchify, otherwise 3.
     """
     model = copy.deepcopy(model).to("meta").eval()
     if in_channels is None:
-        convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-        in_channels = convolutions[0].in_channels if convolutions else 3
+        layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        in_channels = layers[0].in_channels if isinstance(layers[0], Patchify) else 3
     dtype = next(model.parameters()).dtype
     image = torch.zeros(1, in_channels, image_size, image_size, device="meta", dtype=dtype)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -757,14 +749,14 @@ SHAPES = {  # the parameters with a different shape, by a part of their native n
     "huggingface": {".grn.": "c -> 1 1 1 c"},
 }
 
-TABLE: list[dict[str, str]] = []  # a dict per row: the whole name in each layout that has one
+TABLE: dict[str, dict[str, str]] = {}  # the rows with whole names, by the native name
 for line in NAMES.strip().splitlines():
     row = dict(zip(LAYOUTS, line.split(), strict=True))
     for layout, block in zip(LAYOUTS, BLOCK, strict=True):
         row[layout] = row["native"] if row[layout] == "=" else row[layout]
         if row[layout].startswith("."):
             row[layout] = block + row[layout]
-    TABLE.append(row)
+    TABLE[row["native"]] = row
 
 @cache
 def pattern(text: str) -> str:
@@ -773,7 +765,7 @@ def pattern(text: str) -> str:
 
 def renamed(name: str, old: str, new: str) -> str | None:
     """Translate a parameter's name from one layout into another; None if it is unknown there."""
-    for row in TABLE:  # stage 0 has the stem's rows, which come first
+    for row in TABLE.values():  # stage 0 has the stem's rows, which come first
         match = re.fullmatch(pattern(row[old]) + r"(?P<end>(\.[01])?\.(weight|bias)|)", name)
         if match and row[new] != "-":
             numbers = match.groupdict()
@@ -794,11 +786,10 @@ def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
     """Return the state dict, which shares the model's memory, in one of the LAYOUTS.
 
     The other libraries' V1 has LayerScale, so a V1 without it is written with γ = 1, the same
-    function. Where the stem is not the usual one, build the other library's network with the same
-    stem. Hugging Face's last norm has another ε, 1e-12; give its configuration
-    layer_norm_eps=1e-6. A network without classes has its names without the prefix "convnext.".
-
-    Raises ValueError for an unknown layout or parameter, and for a network that the library lacks.
+    function. Hugging Face's last norm has ε = 1e-12 unless you configure layer_norm_eps=1e-6.
+    Its names have no prefix "convnext." if the network has no classes, as in its ConvNextModel.
+    timm and torchvision cannot build every stem: replace theirs by one with your patches. Raises
+    ValueError for an unknown layout or parameter, and for a network that the library lacks.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
@@ -812,9 +803,10 @@ def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
         raise ValueError("torchvision has no ConvNeXt V2")
     if layout == "timm" and len(depths) != 4:
         raise ValueError(f"timm's ConvNeXt always has 4 stages, this one has {len(depths)}")
-    for name, tensor in list(state.items()):
-        if not grn and name.endswith(".dwconv.bias"):
-            state.setdefault(name.replace("dwconv.bias", "layer_scale.gamma"), tensor * 0 + 1)
+    for name, bias in list(state.items()):
+        if not grn and name.endswith(".dwconv.bias"):  # as long as γ
+            gamma_name = name.replace("dwconv.bias", "layer_scale.gamma")
+            state.setdefault(gamma_name, torch.ones_like(bias))
     shapes = SHAPES[layout]
     variant = variant_of(depths, model.dims, grn) or ""
     if layout == "timm" and variant.removeprefix("v2_") not in ("atto", "femto", "pico", "nano"):
@@ -876,22 +868,24 @@ def read_file(path: str | PathLike) -> tuple[Mapping, dict[str, str]]:
         raise ValueError(f"cannot read {path}: {line.strip().partition('. ')[0]}") from error
 
 DOWNLOADS = ("timm:", "hf:", "https:")
-SAVED = "model.safetensors", "pytorch_model.bin"  # the weights that save_pretrained wrote
-SETTINGS = "config.json", "preprocessor_config.json"  # and what they are for
+SAVED = "model.safetensors", "pytorch_model.bin"  # what save_pretrained calls the weights
+SETTINGS = "config.json", "preprocessor_config.json"  # what it calls their description
 
 def read_source(source: str | PathLike) -> tuple[Mapping, dict[str, str], dict[str, Any]]:
     """Read the content, the metadata and the settings of a file, a folder or a download.
 
-    source: a path, an https address, timm:NAME or hf:REPO. A folder is one that the method
-    save_pretrained wrote. The libraries keep what they fetched.
+    source: timm:NAME, hf:REPO, the path or https address of a .safetensors, .pt, .pth or .bin file,
+    or a folder that save_pretrained wrote. What is fetched is kept for the next time.
 
     settings: what is known about the images and classes, some of mean and std (lists), img_size,
-    crop_pct (None where the whole image is squeezed, without a crop) and classes (names in the
-    order of the logits). Raises FileNotFoundError for a missing file, ValueError for one that
-    cannot be read, ConnectionError without a connection, and the clients' other errors.
+    crop_pct (None if the whole image is squeezed, without a crop) and classes (names in the order
+    of the logits). Raises FileNotFoundError, ValueError for a file that cannot be read,
+    ConnectionError without a connection, and other errors of timm and huggingface_hub.
     """
     path = os.path.expanduser(source)
     kind, _, name = path.partition(":")
+    if kind == "http":
+        raise ValueError(f"{source}: give an address that begins with https:")
     try:
         if kind == "timm":
             return fetch_from_timm(name)
@@ -901,16 +895,12 @@ def read_source(source: str | PathLike) -> tuple[Mapping, dict[str, str], dict[s
         raise ConnectionError(f"cannot fetch {source}: {error}") from error
     if kind == "https":
         return *fetch_address(path), {}
-    if kind == "http":
-        raise ValueError(f"{source}: give an address that begins with https:")
     if os.path.isdir(path):
         present = [name for name in SAVED if os.path.exists(os.path.join(path, name))]
         if not present:
             raise ValueError(f"{source} holds neither {' nor '.join(SAVED)}")
         path = os.path.join(path, present[0])
-    settings = {}
-    if os.path.basename(path) in SAVED:
-        settings = read_settings(os.path.dirname(path))
+    settings = read_settings(os.path.dirname(path)) if os.path.basename(path) in SAVED else {}
     return *read_file(path), settings
 
 def fetch_from_timm(name: str) -> tuple[Mapping, dict[str, str], dict[str, Any]]:
@@ -946,14 +936,19 @@ def fetch_address(address: str) -> tuple[Mapping, dict[str, str]]:
         os.remove(path)
         raise
 
+def read_json(path: str) -> dict[str, Any]:
+    """Read a JSON file; {} if there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
 def read_settings(folder: str) -> dict[str, Any]:
     """Read what the SETTINGS files in a folder say, as far as they are there; see read_source."""
-    config, images = {}, {}
-    for name, content in zip(SETTINGS, (config, images), strict=True):
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                content.update(json.load(file))
+    config, images = (read_json(os.path.join(folder, name)) for name in SETTINGS)
     if "pretrained_cfg" in config:
         return timm_settings(config | config["pretrained_cfg"])
     if config.get("hidden_act", "gelu") != "gelu":
@@ -965,6 +960,7 @@ def read_settings(folder: str) -> dict[str, Any]:
     size = images.get("size", config.get("image_size"))
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height"))
+    size = size if isinstance(size, int) else None
     settings = {"mean": images.get("image_mean"), "std": images.get("image_std"), "img_size": size,
                 "classes": classes}
     settings = {name: value for name, value in settings.items() if value}
@@ -974,11 +970,14 @@ def read_settings(folder: str) -> dict[str, Any]:
 
 def timm_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Translate timm's description of a pretrained network; see read_source."""
-    settings: dict[str, Any] = {name: list(config[name]) for name in ("mean", "std")}
-    settings["img_size"] = config["input_size"][-1]
-    settings["crop_pct"] = config["crop_pct"] if config.get("crop_mode") != "squash" else None
-    if config.get("label_names"):
-        settings["classes"] = list(config["label_names"])
+    settings = {"mean": config.get("mean"), "std": config.get("std"),
+                "classes": config.get("label_names")}
+    settings = {name: list(value) for name, value in settings.items() if value}
+    if "input_size" in config:
+        settings["img_size"] = config["input_size"][-1]
+    if "crop_pct" in config:
+        squeezed = config.get("crop_mode") == "squash"
+        settings["crop_pct"] = None if squeezed else config["crop_pct"]
     return settings
 
 class Weights(NamedTuple):
@@ -1015,8 +1014,7 @@ def find_network(names: list[str]) -> tuple[str, str]:
     """Return layout and prefix of the network whose parameters are among these names."""
     networks = {}
     for layout in LAYOUTS:
-        rows = [row for row in TABLE if row["native"].endswith("pwconv1")]
-        marker = pattern(rows[0][layout])  # differs in each layout
+        marker = pattern(TABLE["stages.{s}.{b}.mlp.pwconv1"][layout])  # differs in each layout
         for name in names:
             match = re.fullmatch(rf"(|.*\.){marker}\.weight", name)
             if match:
@@ -1046,15 +1044,13 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
     if not isinstance(content, Mapping):
         raise TypeError(f"weights are a state dict or a file, not a {type(content).__name__}")
     if "state_dict" in content and "ema_state_dict" in content:
-        if "mmengine_version" not in content.get("meta", {}):
+        if "mmengine_version" not in (content.get("meta") or {}):
             raise ValueError("the average may be state_dict (as MMEngine writes it) or "
                              "ema_state_dict: pass one of them")
         content = content["state_dict"]
     values = dict(flattened(content))
-    spellings = dict(SPELLINGS)
-    if any("pointwise_conv" in name for name in values):
-        spellings |= OPENMMLAB_AND_DINOV3
-    for old, new in spellings.items():
+    is_theirs = any(re.search(r"\d\.pointwise_conv1\.", name) for name in values)
+    for old, new in (SPELLINGS | OPENMMLAB_AND_DINOV3 if is_theirs else SPELLINGS).items():
         values = {re.sub(old, new, name): value for name, value in values.items()}
     layout, prefix = find_network(list(values))
     if layout == "huggingface":  # there the classifier's names are without the backbone's prefix
@@ -1090,9 +1086,7 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
                  strict: bool = False) -> Report:
     """Copy weights into the model, in place.
 
-    source: a state dict, the path or the https address of a .safetensors, .pt, .pth or .bin file,
-    a folder of save_pretrained, timm:NAME, hf:REPO, or what read_weights returned; in any of the
-    LAYOUTS.
+    source: a state dict, what read_source takes, or what read_weights returned; in any layout.
 
     The model keeps its classifier if the source has none or one for another number of classes, and
     its stem if the source's has other patches or channels. With strict=True, both are errors. The
@@ -1107,22 +1101,19 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
         return str(tuple(place[name].shape)) if name in place else "missing"
 
     misfits = [name for name in state | tensors if shape(state, name) != shape(tensors, name)]
-    may_keep = []  # parts of the model, by what their names begin with
-    if not any(name.startswith("head.") for name in tensors):
-        may_keep.append("head.norm.")
-    if not strict:
-        may_keep.append("head.fc.")
+    may_keep = [] if strict else ["head.fc."]  # what the names of a part begin with
     if not strict and "downsample_layers.0.0.weight" in tensors:
         may_keep.append("downsample_layers.0.0.")
+    if not any(name.startswith("head.") for name in tensors):
+        may_keep.append("head.norm.")
     parts = tuple(part for part in may_keep if f"{part}weight" in misfits)
-    wrong = []
-    for name in misfits:
-        if not name.startswith(parts) and not re.fullmatch(OUTPUT_NORMS, name):
-            wrong.append(f"{name} is {shape(tensors, name)} in the weights, {shape(state, name)} in "
-                         "the model")
+    wrong = [name for name in misfits
+             if not name.startswith(parts) and not re.fullmatch(OUTPUT_NORMS, name)]
     if wrong:
+        details = [f"{name} is {shape(tensors, name)} in the weights, {shape(state, name)} in the "
+                   "model" for name in wrong[:3]]
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"these weights do not fit the model: {'; '.join(wrong[:3])}{more}")
+        raise ValueError(f"these weights do not fit the model: {'; '.join(details)}{more}")
     kept = [name for name in state if name.startswith(parts)]
     loaded = [name for name in state if not name.startswith(parts)]
     left_out = [name for name in tensors if name not in state]
@@ -1212,28 +1203,24 @@ class FastDepthwiseConv(DepthwiseConv):
     def forward(self, x: Tensor) -> Tensor:
         autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-        if not self.is_unchanged() or not self.can_be_faster(x, dtype):
+        in_training = torch.is_grad_enabled() and not (
+            torch.jit.is_tracing() or torch.compiler.is_exporting())
+        fits = x.device.type == "cpu" and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0
+        if not in_training or not fits or not self.is_unchanged():
             return super().forward(x)
         if autocast:  # which does not convert the inputs of our own functions
             x = x.to(dtype)
         return DepthwiseGradient.apply(x, self.weight, self.bias)
 
     def is_unchanged(self) -> bool:
-        """Return whether settings and methods are those of DepthwiseConv."""
+        """Return whether methods and settings are those of DepthwiseConv."""
         k = self.kernel_size[0]
         convolution = getattr(self._conv_forward, "__func__", None)
-        return (DepthwiseConv.forward is nn.Conv2d.forward
-                and convolution is nn.Conv2d._conv_forward
+        return (convolution is nn.Conv2d._conv_forward
+                and DepthwiseConv.forward is nn.Conv2d.forward
                 and self.kernel_size == (k, k) and self.padding == (k // 2, k // 2)
                 and self.stride == self.dilation == (1, 1) and self.padding_mode == "zeros"
                 and self.groups == self.in_channels == self.out_channels and self.bias is not None)
-
-    @staticmethod
-    def can_be_faster(x: Tensor, dtype: torch.dtype) -> bool:
-        """Return whether gradients of this type are recorded on a CPU."""
-        if torch.jit.is_tracing() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
-            return False
-        return x.device.type == "cpu" and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0
 
 class DepthwiseGradient(torch.autograd.Function):
     """The depthwise convolution; its derivatives are depthwise convolutions again.

@@ -119,8 +119,10 @@ class Recipe:
     start_share: float = setting(0.5, "share of the epochs at --start-size", "[0, 1]")
     variant: str = setting("tiny", "network by name", tuple(convnext.VARIANTS), short="--model",
                            group="network")
-    depths: list[int] | None = setting(None, "network by size: blocks in each stage", "[1, inf)")
-    dims: list[int] | None = setting(None, "with --depths: channels in each stage", "[1, inf)")
+    depths: tuple[int, ...] | None = setting(
+        None, "network by size: blocks in each stage", "[1, inf)")
+    dims: tuple[int, ...] | None = setting(
+        None, "with --depths: channels in each stage", "[1, inf)")
     grn: bool = setting(False, "with --depths: the block of ConvNeXt V2")
     road: str | None = setting(None, "network by the step from ResNet-50 to ConvNeXt that it "
                                "follows, or one with attention", tuple(convnext.DESIGNS))
@@ -199,11 +201,11 @@ FAST = {
     "schedule": "linear", "min_lr": 0.0, "batch_size": 256, "epochs": 40, "ema_horizon": 0.0,
     "rand_augment": 5.0, "mix_prob": 0.0, "start_size": 24, "tta": True}
 
-def finetune(variant: str, batch_size: int) -> dict[str, Any]:
+def finetune(recipe: Recipe) -> dict[str, Any]:
     """The settings of the paper's fine-tuning from ImageNet-22K to ImageNet-1K (table 6). V2 gets
     those of V1. `fit_to_data` changes some of them for small data sets."""
-    size = variant.removeprefix("v2_")
-    scale = batch_size / 512  # the paper's batch size
+    size = network_name(recipe).removeprefix("ConvNeXt-").removeprefix("v2_")
+    scale = recipe.batch_size / 512  # the paper's batch size
     drop_path = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.4}  # huge: ours
     return {
         "epochs": 30, "lr": 5e-5 * scale, "min_lr": 1e-6 * scale, "warmup_epochs": 0.0,
@@ -226,20 +228,21 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
         origin = typed.get("resume") or typed.get("eval_only") or typed.get("init_from")
         source = open_source(origin) if origin else None
         recipe = combine(typed, source)
-        if recipe.predict and source:
+        if recipe.predict:
             print_predictions(source, recipe)
             return 0
-        if recipe.eval_only and source:
+        if recipe.eval_only:
             report_source(source, recipe, splits)
             return 0
         if not recipe.resume:
             recipe = replace(recipe, output=new_folder(recipe))
             locks.enter_context(lock(Path(recipe.output)))
-            refuse_a_second_run(Path(recipe.output))
+            if Path(recipe.output, "last.pt").exists():
+                raise UserError(f"{recipe.output} holds a run: give --resume "
+                                f"{recipe.output}/last.pt, or another --output")
         keep_memory()
         data = prepare_data(recipe, source, splits)
-        if recipe.recipe == "finetune" and not recipe.resume:
-            recipe = fit_to_data(recipe, len(data.train), typed)
+        recipe = fit_to_data(recipe, len(data.train), typed)
         run = prepare_run(recipe, data, source)
         del source  # a resumed run would hold the weights twice
         describe(run)
@@ -317,6 +320,30 @@ def prepare_run(recipe: Recipe, data: Data, source: Source | None) -> Run:
     if recipe.compile:
         run.model.compile()  # in place: the parameters keep their names
     return run
+
+def describe(run: Run) -> None:
+    """Print what is about to happen, and note the settings in args.json."""
+    r, data = run.recipe, run.data
+    settings = json.dumps(asdict(r))
+    write_file(run.folder / "args.json", lambda path: path.write_text(settings))
+    parameters = sum(p.numel() for p in run.model.parameters())
+    rates = f"lr {r.lr:g}"
+    if len(run.optimizers) > 1:
+        rates = f"lr {r.muon_lr:g} and {r.lr:g}"
+    names = " and ".join(type(optimizer).__name__ for optimizer in reversed(run.optimizers))
+    say(f"model   {network_name(r)}, patch size {r.patch_size}: {parameters:,} parameters, "
+        f"{run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n"
+        f"init    {run.origin}\n"
+        f"data    {r.dataset}: {len(data.train):,} training + {len(data.val or []):,} held-out + "
+        f"{len(data.test):,} test images, {len(data.classes)} classes ({shorten(data.classes)})\n"
+        f"device  {run.device}, {str(run.precision)[6:]}, torch {torch.__version__}\n"
+        f"steps   {r.epochs} epochs x {run.epoch_steps} of {r.batch_size} images, {names}, "
+        f"{rates}, weight decay {r.weight_decay:g}, seed {r.seed}\n"
+        f"run     {run.folder}")
+    if r.recipe != "scratch":
+        chosen = [f"{flag(name)} {value}" for name, value in asdict(r).items()
+                  if name != "recipe" and value != FIELDS[name].default and value is not None]
+        say(f"recipe  {r.recipe}: {' '.join(chosen)}")
 
 CHECK_STEPS, CHECK_SECONDS = 50, 30  # each check makes the CPU wait for a GPU
 
@@ -493,6 +520,38 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], mean: T
     loss, top1, top5 = (sums / max(1, count)).tolist()
     return {"loss": loss, "top1": top1, "top5": top5}
 
+def report_run(run: Run) -> None:
+    """Print the scores of last.pt and, if images were held out, of best.pt."""
+    for path in (run.folder / "last.pt", run.folder / "best.pt"):
+        if path.name == "best.pt":
+            if not run.data.val:
+                return
+            if not path.exists():
+                note(f"{path} is not there: it was not copied along with last.pt")
+                return
+            with one_line_errors(str(path)):
+                load_state(run, convnext.read_file(path)[0])
+        report(str(path), run.best_model, run.data.test, run.data.mean, run.data.std, run.recipe,
+               run.precision)
+
+def report_source(source: Source, recipe: Recipe, splits: tuple | None = None) -> None:
+    """Print the scores of --eval-only's weights on the test images."""
+    if splits:
+        test = splits[1]
+    else:
+        test = load_split(recipe, train=False)
+        if source.classes and {*source.classes} >= {*test.classes}:  # in the order of the weights
+            test = load_split(recipe, train=False, classes=source.classes)
+        elif source.classes and not source.settings:  # "tench" or "n01440764"
+            note(f"{source.name} names its classes in another way: {shorten(source.classes)}")
+            source = replace(source, classes=None)
+    test = prepare_images(test, recipe)
+    check_classes(source, test.classes)
+    device = pick_device(recipe.device)
+    model = load_network(source).to(device, memory_format=torch.channels_last)
+    mean, std = (torch.tensor(source.expects[name]) for name in ("mean", "std"))
+    report(source.name, model, test, mean, std, recipe, pick_precision(recipe.amp, device))
+
 def report(name: str, model: nn.Module, images: Images, mean: Tensor, std: Tensor, recipe: Recipe,
            precision: torch.dtype) -> None:
     """Print the scores of a network on the test images."""
@@ -505,29 +564,6 @@ def report(name: str, model: nn.Module, images: Images, mean: Tensor, std: Tenso
         say(f"{name}{mirror}: test loss {scores['loss']:.4f}  top-1 {scores['top1']:.2f} %{top5}  "
             f"of {len(images):,} images of {recipe.img_size} px")
 
-def report_run(run: Run) -> None:
-    """Print the scores of last.pt and of best.pt, if there is one."""
-    def report_model(path: Path) -> None:
-        report(str(path), run.best_model, run.data.test, run.data.mean, run.data.std, run.recipe,
-               run.precision)
-    report_model(run.folder / "last.pt")
-    best = run.folder / "best.pt"
-    if run.data.val and best.exists():
-        with one_line_errors(str(best)):
-            load_state(run, convnext.read_file(best)[0])
-        report_model(best)
-    elif run.data.val:
-        say(f"note: {best} is not there: it was not copied along with last.pt", sys.stderr)
-
-def report_source(source: Source, recipe: Recipe, splits: tuple | None = None) -> None:
-    """Print the scores of --eval-only's weights on the test images."""
-    test = splits[1] if splits else load_split(recipe, train=False, classes=source.classes)
-    test = prepare_images(test, recipe)
-    check_classes(source, test.classes)
-    device = pick_device(recipe.device)
-    model = load_network(source).to(device, memory_format=torch.channels_last)
-    mean, std = (torch.tensor(source.expects[name]) for name in ("mean", "std"))
-    report(source.name, model, test, mean, std, recipe, pick_precision(recipe.amp, device))
 
 
 # --- 5. The optimizers --------------------------------------------------------------------------
@@ -584,7 +620,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 def takes_muon(name: str, p: Tensor) -> bool:
     """Whether Muon trains a parameter: the matrices and the dense filters of the blocks. Each row
     of a depthwise filter has a channel of its own, so there is nothing to orthogonalize."""
-    in_block = ".pwconv" in name or ".branch." in name or ".shortcut." in name
+    parts = ("pwconv1", "pwconv2", "branch", "shortcut", "qkv", "proj")
+    in_block = any(part in parts for part in name.split("."))
     is_dense = p.ndim >= 2 and p.shape[1] > 1
     return in_block and is_dense and name.endswith("weight")
 
@@ -678,12 +715,17 @@ def build_network(recipe: Recipe, classes: int) -> nn.Module:
     return convnext.create_convnext(recipe.variant, **options)
 
 def network_name(recipe: Recipe) -> str:
+    """Its step of the road, its variant, or its number of blocks and channels."""
     if recipe.road:
         return recipe.road
+    variant = recipe.variant
     if recipe.depths:
-        depths, dims = ("-".join(map(str, numbers)) for numbers in (recipe.depths, recipe.dims))
-        return f"ConvNeXt {depths} of {dims}"
-    return f"ConvNeXt-{recipe.variant}"
+        variant = convnext.variant_of(tuple(recipe.depths), tuple(recipe.dims), recipe.grn)
+    if variant:
+        return f"ConvNeXt-{variant}"
+    depths = "-".join(map(str, recipe.depths))
+    dims = "-".join(map(str, recipe.dims))
+    return f"ConvNeXt {depths} of {dims}"
 
 def fan_in_init(model: convnext.ConvNeXt) -> None:
     """Draw all weights but the classifier's with standard deviation 1 / sqrt(fan_in), in place.
@@ -840,15 +882,6 @@ def rand_augment(x: Tensor, level: float) -> Tensor:
 
 # The operations of RandAugment, with timm's ranges. x: (b, 3, h, w) from 0 to 1. m: (b, 1, 1, 1),
 # the strength from -1 to 1. Operations with one direction ignore its sign.
-def auto_contrast(x: Tensor, m: Tensor) -> Tensor:
-    return TF.autocontrast(x)
-
-def equalize(x: Tensor, m: Tensor) -> Tensor:
-    return TF.equalize(x)
-
-def invert(x: Tensor, m: Tensor) -> Tensor:
-    return 1 - x
-
 def posterize(x: Tensor, m: Tensor) -> Tensor:
     """Clear the lowest 4 to 8 of a pixel's 8 bits."""
     step = 2 ** (4 + (4 * m.abs()).int())
@@ -864,54 +897,42 @@ def solarize_add(x: Tensor, m: Tensor) -> Tensor:
     brighter = (x + (110 * m.abs()).int() / 255).clamp(max=1)
     return torch.where((x * 255).round() < 128, brighter, x)
 
-def color(x: Tensor, m: Tensor) -> Tensor:
-    return blend(x, TF.rgb_to_grayscale(x), 0.9 * m)
-
 def contrast(x: Tensor, m: Tensor) -> Tensor:
     grey = reduce(TF.rgb_to_grayscale(x), "b c h w -> b 1 1 1", "mean")
     return blend(x, grey, 0.9 * m)
-
-def brightness(x: Tensor, m: Tensor) -> Tensor:
-    return blend(x, torch.zeros(()), 0.9 * m)
-
-def sharpness(x: Tensor, m: Tensor) -> Tensor:
-    return blend(x, TF.adjust_sharpness(x, 0), 0.9 * m)
 
 def blend(x: Tensor, base: Tensor, amount: Tensor) -> Tensor:
     """Move x away from `base` (amount > 0) or towards it (amount < 0)."""
     return (x + amount * (x - base)).clamp(0, 1)
 
 def rotate(x: Tensor, m: Tensor) -> Tensor:
-    angle = math.radians(30) * m.flatten()
+    angle = math.radians(30) * m
     return warp(x, [angle.cos(), -angle.sin(), 0], [angle.sin(), angle.cos(), 0])
-
-def shear_x(x: Tensor, m: Tensor) -> Tensor:
-    return warp(x, [1, 0.3 * m.flatten(), 0], [0, 1, 0])
-
-def shear_y(x: Tensor, m: Tensor) -> Tensor:
-    return warp(x, [1, 0, 0], [0.3 * m.flatten(), 1, 0])
-
-def translate_x(x: Tensor, m: Tensor) -> Tensor:  # up to 0.45 of the side, which is 2 units long
-    return warp(x, [1, 0, 2 * 0.45 * m.flatten()], [0, 1, 0])
-
-def translate_y(x: Tensor, m: Tensor) -> Tensor:
-    return warp(x, [1, 0, 0], [0, 1, 2 * 0.45 * m.flatten()])
 
 def warp(x: Tensor, *rows: list[Tensor | float]) -> Tensor:
     """y(position) = x(matrix · position), where a position is (x, y, 1), from -1 to 1, and the
-    matrix has two rows of three numbers or tensors (b,). Grey where x has no pixel."""
-    b = len(x)
-    matrix = torch.empty(b, 2, 3)
+    matrix has two rows of three numbers, or of tensors like m. Grey where x has no pixel."""
+    matrix = torch.empty(len(x), 2, 3)
     for i, row in enumerate(rows):
         for j, value in enumerate(row):
-            matrix[:, i, j] = value
+            matrix[:, i, j] = value.flatten() if isinstance(value, Tensor) else value
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
     return F.grid_sample(x - 0.5, grid, align_corners=False) + 0.5
 
 RAND_AUGMENT_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    operation.__name__: operation for operation in (
-        auto_contrast, equalize, invert, rotate, posterize, solarize, solarize_add, color, contrast,
-        brightness, sharpness, shear_x, shear_y, translate_x, translate_y)}
+    "auto_contrast": lambda x, m: TF.autocontrast(x),
+    "equalize": lambda x, m: TF.equalize(x),
+    "invert": lambda x, m: 1 - x,
+    "rotate": rotate, "posterize": posterize, "solarize": solarize, "solarize_add": solarize_add,
+    "color": lambda x, m: blend(x, TF.rgb_to_grayscale(x), 0.9 * m),
+    "contrast": contrast,
+    "brightness": lambda x, m: blend(x, torch.zeros(()), 0.9 * m),
+    "sharpness": lambda x, m: blend(x, TF.adjust_sharpness(x, 0), 0.9 * m),
+    "shear_x": lambda x, m: warp(x, [1, 0.3 * m, 0], [0, 1, 0]),
+    "shear_y": lambda x, m: warp(x, [1, 0, 0], [0.3 * m, 1, 0]),
+    # By up to 0.45 of the side, which is 2 units long.
+    "translate_x": lambda x, m: warp(x, [1, 0, 0.9 * m], [0, 1, 0]),
+    "translate_y": lambda x, m: warp(x, [1, 0, 0], [0, 1, 0.9 * m])}
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Bring each channel to mean 0 and standard deviation 1 over the data set. (b, c, h, w)"""
@@ -974,8 +995,8 @@ def prepare_data(recipe: Recipe, source: Source | None = None,
     """Load all images. Their mean and standard deviation are the source's, if there is one."""
     train = splits[0] if splits else load_split(recipe, train=True)
     test = splits[1] if splits else load_split(recipe, train=False, classes=train.classes)
-    listed = fingerprint(train, recipe), fingerprint(test, recipe)
     every = prepare_images(train, recipe)
+    listed = test
     test = prepare_images(test, recipe)
     empty = {*range(len(train.classes))} - {*every.labels.tolist()}
     if empty:
@@ -989,11 +1010,13 @@ def prepare_data(recipe: Recipe, source: Source | None = None,
         mean, std = (torch.tensor(source.expects[name]) for name in ("mean", "std"))
     else:
         mean, std = channel_statistics(every, recipe.workers)
-    return Data(train, val, test, every.classes, mean, std, *listed)
+    # A large test image may turn out to be damaged late, and be left out when the run is resumed.
+    tested = fingerprint(listed if test.square else test, recipe)
+    return Data(train, val, test, every.classes, mean, std, fingerprint(every, recipe), tested)
 
 @dataclass
-class Images:
-    """Images and their classes.
+class Images(Dataset):
+    """Images and their classes. A list of numbers selects a batch.
 
     images: bytes (n, 3, h, w); or a list of paths or of arrays (h, w, 3) of bytes, which are read
     when they are needed. labels: (n,), numbers of classes. square: makes a square picture of one of
@@ -1007,13 +1030,17 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, numbers: list[int]) -> Tensor:
-        """The images with these numbers, bytes (b, 3, h, w). Raises UserError."""
+    def __getitem__(self, numbers: list[int]) -> tuple[Tensor, Tensor] | UserError:
+        """Bytes (b, 3, h, w) and labels (b,). An error is returned, and raised by the main process:
+        another process could raise only a text that contains its traceback."""
         if self.square is None:
-            return self.images[numbers]
-        return torch.stack([self.read_picture(number) for number in numbers])
+            return self.images[numbers], self.labels[numbers]
+        try:
+            return torch.stack([self.read(number) for number in numbers]), self.labels[numbers]
+        except UserError as error:
+            return error
 
-    def read_picture(self, number: int) -> Tensor:
+    def read(self, number: int) -> Tensor:
         item = self.images[number]
         try:
             return TF.pil_to_tensor(self.square(as_shown(item)))
@@ -1089,14 +1116,12 @@ def find_images(root: Path) -> dict[str, list[str]]:
     A note counts what is left out: hidden files, other programs' folders, extensions that Pillow
     does not know, and links to folders below a class, which may lead to other classes or in
     circles. Raises UserError for a folder that cannot be read."""
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read the folder {error.filename} ({error.strerror})")
     found: dict[str, list[str]] = {}
     left_out: Counter[str] = Counter()
     try:
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
     except OSError as error:
-        refuse(error)
+        refuse_folder(error)
     for entry in entries:
         if not entry.is_dir():
             left_out[f"*{Path(entry.name).suffix}"] += 1
@@ -1105,7 +1130,7 @@ def find_images(root: Path) -> dict[str, list[str]]:
         else:
             # The same name can be written in two ways in Unicode, say by macOS and by Linux.
             name = unicodedata.normalize("NFC", entry.name)
-            found[name] = pictures_below(entry.path, left_out, refuse)
+            found[name] = pictures_below(entry.path, left_out)
     if left_out:
         counts = [f"{count} {what}" for what, count in left_out.most_common()]
         note(f"{root}: left out what is no image of a class: {shorten(counts, 9)}")
@@ -1114,11 +1139,14 @@ def find_images(root: Path) -> dict[str, list[str]]:
 def is_foreign(name: str) -> bool:
     return name.startswith(".") or name in FOREIGN
 
-def pictures_below(root: str, left_out: Counter, refuse: Callable[[OSError], None]) -> list[str]:
+def refuse_folder(error: OSError) -> None:
+    raise UserError(f"cannot read the folder {error.filename} ({error.strerror})")
+
+def pictures_below(root: str, left_out: Counter) -> list[str]:
     """The paths of all images in a folder and its sub-folders, in order."""
     suffixes = picture_suffixes()
     paths = []
-    for place, folders, files in os.walk(root, onerror=refuse):
+    for place, folders, files in os.walk(root, onerror=refuse_folder):
         entered = []
         for folder in sorted(folders):
             if is_foreign(folder) or os.path.islink(os.path.join(place, folder)):
@@ -1216,7 +1244,7 @@ def without_bad(images: Images) -> Images:
     good, bad = [], []
     for i in tqdm(range(len(images)), "checking images", disable=None, leave=False):
         try:
-            images.read_picture(i)
+            images.read(i)
             good.append(i)
         except UserError:
             bad.append(images.images[i])
@@ -1295,20 +1323,17 @@ def channel_statistics(images: Images, workers: int) -> tuple[Tensor, Tensor]:
     return mean.float(), std.float()
 
 def fingerprint(images: Images, recipe: Recipe) -> str:
-    """A hash of the images' classes and order, and of their contents or their file names. Drawn
-    shapes are described by their settings: their last bits depend on the CPU."""
+    """A hash of the images' classes and order, and of their contents or, above 64x64, file names.
+    Drawn shapes are described by their settings: their last bits depend on the CPU."""
     digest = hashlib.sha256(json.dumps([images.classes, images.labels.tolist()]).encode())
     if recipe.dataset == "synthetic":
         digest.update(f"shapes of {recipe.img_size} pixels".encode())
         return digest.hexdigest()
     for image in images.images:
-        if not isinstance(image, str):
-            digest.update(np.ascontiguousarray(image))
-        elif recipe.img_size > SMALL:
+        if isinstance(image, str):
             digest.update(os.fsencode(os.path.relpath(image, recipe.data_dir)))
         else:
-            with contextlib.suppress(OSError):  # what cannot be read is reported later
-                digest.update(Path(image).read_bytes())
+            digest.update(np.ascontiguousarray(image))
     return digest.hexdigest()
 
 def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1318,54 +1343,12 @@ def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     order = training_order(len(run.data.train), r.batch_size, r.seed, run.step, run.total)
     return read_in_processes(reader, order, r.workers, pin_memory=run.device.type == "cuda")
 
-def training_order(count: int, batch_size: int, seed: int, first: int,
-                   total: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield, for the steps from `first` on, the step and the numbers of its images. Each epoch is a
-    new permutation of all images, without an incomplete batch unless that is the only one."""
-    epoch_steps = max(1, count // batch_size)
-    for step in range(first, total):
-        epoch, position = divmod(step, epoch_steps)
-        if step == first or position == 0:
-            generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
-            order = torch.randperm(count, generator=generator).tolist()
-        yield step, order[position * batch_size : (position + 1) * batch_size]
-
-class TrainingBatches(Dataset):
-    """What the reading processes do: (step, numbers of images) -> augmented images and targets. The
-    random numbers follow from the seed and the step, whichever process draws them."""
-    def __init__(self, data: Data, recipe: Recipe, epoch_steps: int) -> None:
-        self.images = data.train
-        self.mean, self.std = data.mean, data.std
-        self.recipe, self.epoch_steps = recipe, epoch_steps
-
-    def __getitem__(self, item: tuple[int, list[int]]) -> tuple[Tensor, Tensor] | UserError:
-        step, numbers = item
-        torch.manual_seed(seed_for(self.recipe.seed, "augmentation", step))
-        try:
-            images = self.images.read(numbers)
-        except UserError as error:
-            return error  # raised by the main process; from here it would come with a traceback
-        labels = self.images.labels[numbers]
-        return augment(self.recipe, images, labels, len(self.images.classes), self.mean, self.std,
-                       step // self.epoch_steps)
-
-class EvaluationBatches(Dataset):
-    """Numbers of images -> bytes (b, 3, h, w) and labels (b,)."""
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __getitem__(self, numbers: list[int]) -> tuple[Tensor, Tensor] | UserError:
-        try:
-            return self.images.read(numbers), self.images.labels[numbers]
-        except UserError as error:
-            return error
-
 def evaluation_batches(images: Images, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all images in order: bytes (b, 3, h, w) and labels (b,)."""
     in_memory = images.square is None
     numbers = torch.arange(len(images)).split(250 if in_memory else 64)
     order = (part.tolist() for part in numbers)
-    return read_in_processes(EvaluationBatches(images), order, 0 if in_memory else workers)
+    return read_in_processes(images, order, 0 if in_memory else workers)
 
 def read_in_processes(reader: Dataset, order: Iterable, workers: int,
                       pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1383,13 +1366,41 @@ def read_in_processes(reader: Dataset, order: Iterable, workers: int,
             raise UserError(f"{first_line(error)}; try fewer --workers") from error
         raise
 
+def training_order(count: int, batch_size: int, seed: int, first: int,
+                   total: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield, for the steps from `first` on, the step and the numbers of its images. Each epoch is a
+    new permutation of all images, without an incomplete batch unless that is the only one."""
+    epoch_steps = max(1, count // batch_size)
+    for step in range(first, total):
+        epoch, position = divmod(step, epoch_steps)
+        if step == first or position == 0:
+            generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
+            order = torch.randperm(count, generator=generator).tolist()
+        yield step, order[position * batch_size : (position + 1) * batch_size]
+
+class TrainingBatches(Dataset):
+    """What the reading processes do: (step, numbers of images) -> augmented images and targets. The
+    random numbers follow from the seed and the step, whichever process draws them."""
+    def __init__(self, data: Data, recipe: Recipe, epoch_steps: int) -> None:
+        self.data, self.recipe, self.epoch_steps = data, recipe, epoch_steps
+
+    def __getitem__(self, item: tuple[int, list[int]]) -> tuple[Tensor, Tensor] | UserError:
+        step, numbers = item
+        data = self.data
+        torch.manual_seed(seed_for(self.recipe.seed, "augmentation", step))
+        batch = data.train[numbers]
+        if isinstance(batch, UserError):
+            return batch
+        return augment(self.recipe, *batch, len(data.classes), data.mean, data.std,
+                       step // self.epoch_steps)
+
 def prepare_process(_worker: int) -> None:
     """Leave signals, which may reach all processes, to the main one."""
     for name in SIGNALS:
         signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
 
 def seed_for(seed: int, purpose: str, number: int) -> int:
-    """A seed of its own for each purpose and step or epoch, so that a resumed run draws the same."""
+    """A seed of its own for each purpose and step or epoch: a resumed run draws the same."""
     digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
@@ -1431,14 +1442,6 @@ def open_source(name: str) -> Source:
             channels = network.pop("in_channels")
             if channels != 3:
                 raise ValueError(f"its images have {channels} channels, not 3")
-            variant = convnext.variant_of(network["depths"], network["dims"], network["grn"])
-            sizes = {key: network.pop(key) for key in ("depths", "dims", "grn")}
-            if variant:
-                network["variant"] = variant
-            else:
-                network |= sizes | {key: list(sizes[key]) for key in ("depths", "dims")}
-            if network["patch_size"] not in (1, 2, 4):
-                raise ValueError(f"its patches are {network['patch_size']} pixels wide")
     known = settings | args | saved  # this program stores mean and std beside its settings
     expects = {key: known[key] for key in (*IMAGENET, "crop_pct") if known.get(key) is not None}
     if "mean" not in expects:
@@ -1466,14 +1469,6 @@ def road_tensors(content: Mapping) -> Mapping[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in content["ema"].items()
                 if name.startswith(prefix)}
     return content.get("model", content)
-
-def checksum(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
-    """A hash of what weights.safetensors holds: the format has no checksum of its own."""
-    digest = hashlib.sha256(json.dumps(sorted(notes.items())).encode())
-    for name in sorted(tensors):
-        values = tensors[name].cpu().contiguous().flatten()
-        digest.update(name.encode() + bytes(values.view(torch.uint8).numpy()))
-    return digest.hexdigest()
 
 def load_network(source: Source) -> nn.Module:
     """The source's network with its weights, in evaluation mode."""
@@ -1513,13 +1508,8 @@ def save(run: Run) -> None:
         save_weights(run)
     write_file(run.folder / "last.pt", lambda path: torch.save(state_of(run), path))
     if run.history:
-        columns = list(max(run.history, key=len))  # some rows have no evaluation
-        table = io.StringIO()
-        writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(run.history)
         try:
-            write_file(run.folder / "metrics.csv", lambda path: path.write_text(table.getvalue()))
+            write_table(run.folder / "metrics.csv", run.history)
         except UserError as error:  # on Windows, while another program shows it
             note(f"{error}; the next epoch writes it again")
 
@@ -1580,6 +1570,14 @@ def save_weights(run: Run) -> None:
     content = to_safetensors(tensors, notes)
     write_file(run.folder / "weights.safetensors", lambda path: path.write_bytes(content))
 
+def checksum(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
+    """A hash of what weights.safetensors holds: the format has no checksum of its own."""
+    digest = hashlib.sha256(json.dumps(sorted(notes.items())).encode())
+    for name in sorted(tensors):
+        values = tensors[name].cpu().contiguous().flatten()
+        digest.update(name.encode() + bytes(values.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Replace a file as a whole: a crash or a full disk leaves the old one as it was."""
     temporary = path.with_name(f"{path.name}.tmp")
@@ -1592,6 +1590,14 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         raise UserError(f"cannot write {path} ({first_line(error)}); the old files stay") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    table = io.StringIO()
+    columns = list(max(rows, key=len))  # an epoch that was not measured has fewer
+    writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, lambda temporary: temporary.write_text(table.getvalue(), "utf-8"))
 
 @torch.no_grad()
 def check_finite(run: Run) -> float:
@@ -1609,6 +1615,7 @@ def check_finite(run: Run) -> float:
 def new_folder(recipe: Recipe) -> str:
     """--output, or a folder that no other run has, even if it starts in the same second."""
     if recipe.output:
+        Path(recipe.output).mkdir(parents=True, exist_ok=True)
         return recipe.output
     name = time.strftime("runs/%Y%m%d-%H%M%S-") + network_name(recipe).replace(" ", "-")
     folder, number = Path(name), 1
@@ -1623,7 +1630,8 @@ def new_folder(recipe: Recipe) -> str:
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder. One that stays empty is removed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
     file = folder / ".lock"
     try:
         with FileLock(file, timeout=0):
@@ -1634,11 +1642,6 @@ def lock(folder: Path) -> Iterator[None]:
         if [path.name for path in folder.iterdir()] in ([], [".lock"]):
             file.unlink(missing_ok=True)
             folder.rmdir()
-
-def refuse_a_second_run(folder: Path) -> None:
-    last = folder / "last.pt"
-    if last.exists():
-        raise UserError(f"{folder} holds a run: give --resume {last}, or another --output")
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows lacks the last two
 
@@ -1660,26 +1663,6 @@ def catch_signals(run: Run) -> Iterator[None]:
                 former = signal.signal(number, receive)
                 handlers.callback(signal.signal, number, former)
         yield
-
-def describe(run: Run) -> None:
-    """Print what is about to happen, and note the settings in args.json."""
-    r, data = run.recipe, run.data
-    settings = json.dumps(asdict(r))
-    write_file(run.folder / "args.json", lambda path: path.write_text(settings))
-    parameters = sum(p.numel() for p in run.model.parameters())
-    rates = f"lr {r.lr:g}"
-    if len(run.optimizers) > 1:
-        rates = f"lr {r.muon_lr:g} and {r.lr:g}"
-    names = " and ".join(type(optimizer).__name__ for optimizer in reversed(run.optimizers))
-    say(f"model   {network_name(r)}, patch size {r.patch_size}: {parameters:,} parameters, "
-        f"{run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n"
-        f"init    {run.origin}\n"
-        f"data    {r.dataset}: {len(data.train):,} training + {len(data.val or []):,} held-out + "
-        f"{len(data.test):,} test images, {len(data.classes)} classes ({shorten(data.classes)})\n"
-        f"device  {run.device}, {str(run.precision)[6:]}, torch {torch.__version__}\n"
-        f"steps   {r.epochs} epochs x {run.epoch_steps} of {r.batch_size} images, {names}, "
-        f"{rates}, weight decay {r.weight_decay:g}, seed {r.seed}\n"
-        f"run     {run.folder}")
 
 def log_to_tensorboard(run: Run, row: dict[str, float]) -> None:
     """Add an epoch's row to the run's folder; `tensorboard --logdir runs` shows it."""
@@ -1723,11 +1706,7 @@ def print_predictions(source: Source, recipe: Recipe) -> None:
         if not any(row["true"] for row in rows):
             for row in rows:
                 del row["true"]
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_file(Path(recipe.output), lambda path: path.write_text(table.getvalue(), "utf-8"))
+        write_table(Path(recipe.output), rows)
         say(f"{len(rows)} predictions written to {recipe.output}")
 
 @torch.inference_mode()
@@ -1759,9 +1738,7 @@ def find_pictures(place: str) -> list[str]:
         return [path]
     if not os.path.isdir(path):
         raise UserError(f"--predict {place}: there is no such file or folder")
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read the folder {error.filename} ({error.strerror})")
-    paths = pictures_below(path, Counter(), refuse)
+    paths = pictures_below(path, Counter())
     if not paths:
         raise UserError(f"--predict {place}: there is no picture in this folder")
     return paths
@@ -1788,6 +1765,7 @@ def class_names(source: Source) -> list[str]:
 FIELDS = {field.name: field for field in fields(Recipe)}
 TYPES = {name: (*get_args(hint), hint)[0] if type(None) in get_args(hint) else hint
          for name, hint in get_type_hints(Recipe).items()}  # without "| None"
+NUMBERS = tuple[int, ...]
 PATHS = {"resume", "eval_only", "init_from", "teacher", "predict", "output", "data_dir"}
 # The settings that may change when a run is resumed, and those that --eval-only takes.
 ANY_TIME = {"resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta", "teacher",
@@ -1808,7 +1786,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
         how: dict[str, Any] = {"type": TYPES[name]}
         if TYPES[name] is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif TYPES[name] == list[int]:
+        elif TYPES[name] == NUMBERS:
             how = {"type": int, "nargs": "+"}
         elif isinstance(allowed, tuple):
             how["choices"] = allowed
@@ -1823,6 +1801,8 @@ def parse(argv: list[str]) -> dict[str, Any]:
         parser.error("no value may be empty")
     for name in PATHS & typed.keys():
         typed[name] = os.path.expanduser(typed[name])
+    for name in {"depths", "dims"} & typed.keys():
+        typed[name] = tuple(typed[name])
     return typed
 
 def flag(name: str) -> str:
@@ -1866,7 +1846,7 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
         named = dict(FAST)
     elif typed.get("recipe") == "finetune":
         so_far = merge(weights, typed)
-        named = finetune(so_far.get("variant", "tiny"), so_far.get("batch_size", Recipe.batch_size))
+        named = finetune(Recipe(**so_far))
     if typed.get("freeze_backbone"):
         named["drop_path"] = 0.0  # what does not learn needs no noise
     settings = merge(weights, named, typed)
@@ -1876,10 +1856,6 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
             settings["start_size"] = 0
     recipe = Recipe(**settings)
     refuse_idle(typed, recipe)
-    if typed.get("recipe", "scratch") != "scratch":
-        chosen = [f"{flag(key)} {settings[key]}" for key in named if key not in typed
-                  and key in settings]
-        say(f"{recipe.recipe}: {', '.join(chosen)}")
     return recipe
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -1895,7 +1871,7 @@ def fit_to_data(recipe: Recipe, images: int, typed: Mapping[str, Any]) -> Recipe
     """Change --recipe finetune for a small data set. The paper's values are meant for ImageNet's
     75,000 steps; with few images they hardly move the weights. assets/results.md has the runs
     behind the values here."""
-    if images >= 40_000:
+    if recipe.recipe != "finetune" or recipe.resume or images >= 40_000:
         return recipe
     batch_size = typed.get("batch_size", max(1, min(32, images // 4)))
     steps = max(1, images // batch_size)  # in an epoch
@@ -1903,48 +1879,41 @@ def fit_to_data(recipe: Recipe, images: int, typed: Mapping[str, Any]) -> Recipe
     chosen = {"batch_size": batch_size, "epochs": epochs, "lr": 3e-4, "min_lr": 6e-6,
               "rand_augment": 0.0, "eval_every": max(1, epochs // 20)}
     chosen = {name: value for name, value in chosen.items() if name not in typed}
-    if chosen:
-        texts = [f"{flag(name)} {value}" for name, value in chosen.items()]
-        say(f"finetune: for {images:,} images {', '.join(texts)}")
     return replace(recipe, **chosen)
 
 def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> None:
     """Raise UserError for flags that cannot stand together."""
     names = typed.keys()
-    if len(names & {"resume", "eval_only", "init_from"}) > 1:
-        raise UserError("only one of --resume, --eval-only and --init-from can be given")
-    if "resume" in names:
-        if "to_measure" not in source.state:
-            raise UserError("--resume takes last.pt, of this version")
-        saved = source.settings
-        changed = [flag(k) for k in typed if k not in ANY_TIME and saved.get(k) != typed[k]]
-        if "teacher" in names and not saved.get("teacher"):
-            changed.append("--teacher")
-        if changed:
-            raise UserError(f"--resume cannot change {shorten(changed)}; a different run begins "
-                            "with --init-from")
-        return
-    if "eval_only" in names:
-        unused = [flag(name) for name in typed if name not in EVALUATION]
-        if unused:
-            raise UserError(f"--eval-only trains nothing: leave out {shorten(unused)}")
-        if "output" in names and "predict" not in names:
-            raise UserError("--eval-only has no --output without --predict")
-        return
-    if "predict" in names:
-        raise UserError("--predict needs weights: --eval-only WEIGHTS")
-    if len(names & {"variant", "depths", "road"}) > 1:
-        raise UserError("only one of --variant, --depths and --road can be given")
-    if ("depths" in names) != ("dims" in names):
-        raise UserError("--depths and --dims belong together")
+    saved = source.settings if source else {}
+    changed = [flag(name) for name in typed if name not in ANY_TIME
+               and saved.get(name) != typed[name]]
+    unused = [flag(name) for name in typed if name not in EVALUATION]
+    resumes, evaluates, begins = (name in names for name in ("resume", "eval_only", "init_from"))
     fast, tuned = (typed.get("recipe") == name for name in ("fast", "finetune"))
-    if "init_from" in names and (fast or typed.get("init") == "fan-in"):
-        raise UserError("--init-from cannot stand with --recipe fast or --init fan-in, which begin "
-                        "with new weights")
-    if "init_from" not in names and (tuned or typed.get("freeze_backbone")):
-        raise UserError("--recipe finetune and --freeze-backbone need weights: --init-from SOURCE")
-    if tuned and typed.get("optimizer") == "muon" and "muon_lr" not in names:
-        raise UserError("--recipe finetune has no learning rate for Muon: give --muon-lr, too")
+    rules = (
+        (resumes + evaluates + begins > 1,
+         "only one of --resume, --eval-only and --init-from can be given"),
+        (resumes and "to_measure" not in source.state, "--resume takes last.pt, of this version"),
+        (resumes and changed,
+         f"--resume cannot change {shorten(changed)}; a different run begins with --init-from"),
+        (resumes and "teacher" in names and not saved.get("teacher"),
+         "--resume cannot change --teacher; a different run begins with --init-from"),
+        (evaluates and unused, f"--eval-only trains nothing: leave out {shorten(unused)}"),
+        (evaluates and "output" in names and "predict" not in names,
+         "--eval-only has an --output only with --predict"),
+        ("predict" in names and not evaluates, "--predict needs weights: --eval-only WEIGHTS"),
+        (len(names & {"variant", "depths", "road"}) > 1,
+         "only one of --variant, --depths and --road can be given"),
+        (("depths" in names) != ("dims" in names), "--depths and --dims belong together"),
+        (begins and (fast or typed.get("init") == "fan-in"),
+         "--recipe fast and --init fan-in begin with new weights, without --init-from"),
+        (not (begins or resumes) and (tuned or typed.get("freeze_backbone")),
+         "--recipe finetune and --freeze-backbone need weights: --init-from SOURCE"),
+        (tuned and typed.get("optimizer") == "muon" and "muon_lr" not in names,
+         "--recipe finetune has no learning rate for Muon: give --muon-lr, too"))
+    for is_wrong, text in rules:
+        if is_wrong:
+            raise UserError(text)
 
 def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
     """Raise UserError for a flag that would do nothing. 0, which turns something off, is fine."""
@@ -1980,7 +1949,7 @@ def check(r: Recipe) -> None:
             fine = bool(values) and all(within(number, allowed) for number in values)
         if not fine:
             kinds = {int: "a whole number in ", float: "a number in ", str: "one of ",
-                     list[int]: "whole numbers in "}
+                     NUMBERS: "whole numbers in "}
             what = kinds.get(TYPES[name], "")
             raise UserError(f"{flag(name)} must be {what}{allowed or 'a text'}, not {value!r}")
     if r.depths and (not r.dims or len(r.depths) != len(r.dims)):
@@ -2007,7 +1976,7 @@ def check(r: Recipe) -> None:
 def is_of_type(value: Any, kind: Any) -> bool:
     if kind is float:  # whole numbers are numbers, too
         return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind == list[int]:
+    if kind == NUMBERS:
         return isinstance(value, list | tuple) and all(is_of_type(item, int) for item in value)
     return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
 
@@ -2103,7 +2072,7 @@ if __name__ == "__main__":
         code = 130
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         code = f"train.py: error: {first_line(error)}"
-    except Exception:
+    except Exception:  # noqa: BLE001
         traceback.print_exc()
         code = 1
     # Here an error is forgotten, and with it the processes that read images, which would not end.
