@@ -235,14 +235,14 @@ def stages(images: Tensor, colours: list[Tensor], captions: list[str]) -> None:
     rows = [rearrange(images, "n c h w -> n h w c"), *colours]
     names = ["image", *(f"after stage {i}\n{c.shape[1]}×{c.shape[2]}"
                         for i, c in enumerate(colours, 1))]
-    _figure, axes = plt.subplots(len(rows), len(images), figsize=(1.25 * len(images), 6.6))
+    _figure, axes = plt.subplots(len(rows), len(images), figsize=(1.05 * len(images), 5.6))
     bare(*axes.flat)
     for line, pictures, name in zip(axes, rows, names):
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         for axis, picture in zip(line, pictures):
             axis.imshow(picture)
     for axis, caption in zip(axes[0], captions):
-        axis.set_title(caption, fontsize=8)
+        axis.set_title(caption.replace(" ", "\n"), fontsize=8)
     plt.show()
 
 def network() -> None:
@@ -650,8 +650,8 @@ class LiveCurves:
 
     def picture(self) -> plt.Figure:
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.7))
-        looks = {"ConvNeXt": ("black", "-"), "3×3": (POSITIONS, "-"), "attention": (POSITIONS, "--"),
-                 "no mixing": (POSITIONS, ":"), "no norm": (NORM, "-")}
+        looks = {"ConvNeXt": ("black", "-"), "3×3": (POSITIONS, "-"), "no norm": (NORM, "-"),
+                 "attention": (POSITIONS, "--"), "no mixing": (POSITIONS, ":")}
         others = iter(("-", "--", ":", "-.") * 9)
         for name, points in self.runs.items():
             color, style = looks[name] if name in looks else (OTHER, next(others))
