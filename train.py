@@ -13,7 +13,7 @@ default recipe is the one of its table 5, adapted to a hundred epochs of 32x32 i
 assets/results.md lists the differences, and the measurements behind them.
 
 After the settings (1), this file is in the order of a run, from `main` on, and a function stands
-above those that it calls: the run (2), one step (3), evaluation (4), optimizers (5), the network (6),
+above those that it calls: the run (2), one step (3), evaluation (4), optimizers (5), network (6),
 augmentation (7) and data (8). What deals with files and with the command line stands last:
 checkpoints (9), prediction (10) and the command line (11). You can skip these at first.
 """
@@ -30,6 +30,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -91,8 +92,9 @@ class Recipe:
     predict: str | None = setting(None, "with --eval-only: a picture, or a folder of pictures")
     output: str | None = setting(None, "folder of the run, or with --predict a .csv file. "
                                  "Default: runs/<time>-<network>")
-    dataset: str = setting("cifar10", "images to train on; python: those that train.main is given", (
-        "cifar10", "cifar100", "food101", "imagenet", "folder", "synthetic", "python"),
+    dataset: str = setting(
+        "cifar10", "images to train on; python: those that train.main is given",
+        ("cifar10", "cifar100", "food101", "imagenet", "folder", "synthetic", "python"),
         group="data")
     data_dir: str = setting("data", "folder of the data set; --dataset folder: with train/ and "
                             "test/ or val/, each with a folder per class, or with the classes")
@@ -166,7 +168,7 @@ class Recipe:
     amp: str = setting("auto", "mixed precision; auto: bf16 where the hardware has it",
                        ("auto", "bf16", "fp16", "off"), group="run")
     compile: bool = setting(False, "use torch.compile")
-    device: str = setting("auto", "cuda, mps or cpu")
+    device: str = setting("auto", "cuda, cuda:1, mps or cpu")
     seed: int = setting(0, "seed of all random numbers", "[0, 4294967295]")
     eval_every: int = setting(1, "epochs from one evaluation to the next", "[1, inf)")
     tta: bool = setting(False, "also report the mean over each image and its mirror image")
@@ -237,7 +239,7 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
                 raise UserError(f"--resume takes a file: give {typed['resume']}/last.pt")
             locks.enter_context(lock(Path(typed["resume"]).parent))
         address = typed.get("resume") or typed.get("eval_only") or typed.get("init_from")
-        source = open_source(address) if address else None
+        source = open_source(file_in(address)) if address else None
         recipe = combine(typed, source)
         if recipe.predict:
             print_predictions(source, recipe)
@@ -262,7 +264,7 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
             train(run)
         if run.stopped_by and (run.step < run.total or run.to_measure):
             last = run.folder / "last.pt"
-            say(f"stopped; to go on: python train.py --resume {last}", sys.stderr)
+            say(f"stopped; to go on: python train.py --resume {shlex.quote(str(last))}", sys.stderr)
             return 128 + run.stopped_by
         report_run(run)
     return 0
@@ -349,7 +351,8 @@ def describe(run: Run) -> None:
         f"data    {r.dataset}: {len(data.train):,} training + {len(data.val or []):,} held-out + "
         f"{len(data.test):,} test images, {len(data.classes)} classes ({shorten(data.classes)})\n"
         f"device  {run.device}, {str(run.precision)[6:]}, torch {torch.__version__}\n"
-        f"steps   {r.epochs} epochs x {run.epoch_steps} of {r.batch_size} images, {names}, "
+        f"steps   {r.epochs} epochs x {run.epoch_steps} of {min(r.batch_size, len(data.train))} "
+        f"images, {names}, "
         f"{rates}, weight decay {r.weight_decay:g}, seed {r.seed}\n"
         f"run     {run.folder}")
     if r.recipe != "scratch":
@@ -806,7 +809,7 @@ class Teacher(nn.Module):
         return self.model(x * self.scale + self.shift)
 
 def load_teacher(recipe: Recipe, data: Data, device: torch.device) -> Teacher:
-    source = open_source(recipe.teacher)
+    source = open_source(file_in(recipe.teacher))
     check_classes(source, data.classes)
     stride = Recipe(**source.network).stride
     if (recipe.start_size or recipe.img_size) < stride:
@@ -1044,12 +1047,18 @@ class Images(Dataset):
 
     def __post_init__(self) -> None:
         self.labels = torch.as_tensor(self.labels).long()
+        if not isinstance(self.images, Tensor):
+            self.images = [str(x) if isinstance(x, os.PathLike) else x for x in self.images]
         x = self.images
         if isinstance(x, Tensor) and (x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3):
             raise UserError("a tensor of images must have type uint8 and shape (n, 3, h, w), not "
                             f"{x.dtype} and {tuple(x.shape)}")
         if len(x) != len(self.labels):
             raise UserError(f"there are {len(x)} images, but {len(self.labels)} labels")
+        numbers = {*self.labels.flatten().tolist()}
+        if self.labels.ndim != 1 or not numbers <= {*range(len(self.classes))}:
+            raise UserError(f"labels must be numbers from 0 to {len(self.classes) - 1}, of a class "
+                            "each")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -1098,6 +1107,8 @@ def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Image
     """The images in DIR/train, or in DIR/test or DIR/val. If DIR has neither, its sub-folders are
     the classes, and every fifth image of each is a test image."""
     root = Path(recipe.data_dir)
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: there is no such folder")
     present = [root / name for name in TRAIN_FOLDERS + TEST_FOLDERS if (root / name).is_dir()]
     names = TRAIN_FOLDERS if train else TEST_FOLDERS
     places = [place for place in present if place.name in names]
@@ -1106,13 +1117,13 @@ def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Image
         found = find_images(place)
         for other in places[1:]:
             note(f"{other} is not used, since there is {place}")
-    elif not present and root.is_dir():
+    elif not present:
         place = root
         found = {}
         for name, paths in find_images(root).items():
             is_test = [i % 5 == 4 for i in range(len(paths))]
             found[name] = [path for path, test in zip(paths, is_test, strict=True) if test != train]
-        note(f"{root} has no folder train: every fifth image of each class is a test image")
+        note(f"{root} has no folder train or test: every fifth image of each class is a test image")
         if not any(found.values()):
             raise UserError(f"{root} needs five images of a class or more, to use every fifth for "
                             "testing; or make folders train and test in it")
@@ -1126,9 +1137,11 @@ def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Image
                         + (". --predict takes pictures without classes" if not train else ""))
     classes = classes or list(found)
     unknown = [name for name in found if name not in classes]
-    if unknown or train and len(classes) < 2:
-        raise UserError(f"{place} has images of {shorten(list(found))}; expected are two or more "
-                        f"classes, {shorten(classes)}")
+    if unknown:
+        raise UserError(f"{place} has images of {shorten(unknown)}, which are no classes of the "
+                        f"training images: {shorten(classes)}")
+    if train and len(classes) < 2:
+        raise UserError(f"{place} has images of one class, {classes[0]}; two are needed")
     if missing := [name for name in classes if name not in found]:
         note(f"{place} has no images of {shorten(missing)}")
     paths, labels = [], []
@@ -1484,6 +1497,14 @@ def open_source(name: str) -> Source:
     return Source(name, network, num_classes, tensors, weights, IMAGENET | expects,
                   known.get("classes"), args, state)
 
+def file_in(address: str) -> str:
+    """The weights in the folder of a run; any other address as it is."""
+    for name in ("weights.safetensors", "last.pt"):
+        path = Path(address, name)
+        if path.exists():
+            return str(path)
+    return address
+
 def saved_by_us(content: Mapping, metadata: Mapping[str, str]) -> Mapping[str, Any]:
     """What this program stored beside the weights; {} if the file is another program's."""
     if str(content.get("made_by", "")).startswith("train.py, format"):
@@ -1515,6 +1536,8 @@ def load_network(source: Source) -> nn.Module:
 def check_classes(source: Source, classes: list[str]) -> None:
     """Refuse a classifier for other classes; say which are assumed if the source names none."""
     count = source.num_classes
+    if not count:
+        raise UserError(f"{source.name} has no classifier: train one with --init-from")
     if count != len(classes) or source.classes not in (None, classes):
         known = f"{shorten(source.classes)} ({count})" if source.classes else f"{count}, not named"
         raise UserError(f"{source.name} has other classes or another order: {known}; here: "
@@ -1649,7 +1672,11 @@ def check_finite(run: Run) -> float:
 def new_folder(recipe: Recipe) -> str:
     """--output, or a folder that no other run has, even if it starts in the same second."""
     if recipe.output:
-        Path(recipe.output).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(recipe.output).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {recipe.output} cannot be made a folder "
+                            f"({error.strerror})") from error
         return recipe.output
     name = time.strftime("runs/%Y%m%d-%H%M%S-") + network_name(recipe).replace(" ", "-")
     folder, number = Path(name), 1
@@ -1715,12 +1742,13 @@ def predict(weights: str, pictures: str | Sequence[str], top: int = 5,
             device: str = "auto") -> list[tuple[str, list[tuple[str, float]]]]:
     """Say what is in pictures: for each, its path and the most likely classes with probabilities.
 
-        for path, classes in predict("runs/NAME/weights.safetensors", "cat.jpg"):
-            print(path, classes[0])                          # cat.jpg ("cat", 0.97)
+        for path, classes in predict("runs/NAME/weights.safetensors", "photo.jpg"):
+            print(path, classes[0])                          # photo.jpg ('cat', 0.97)
 
-    weights: whatever --eval-only takes. pictures: a path, a folder, or a list of paths.
+    weights: whatever --eval-only takes. pictures: a path, a folder, or a list of paths. top: how
+    many classes to name.
     """
-    source = open_source(str(weights))
+    source = open_source(file_in(str(weights)))
     recipe = combine({"eval_only": str(weights), "device": device}, source)
     if isinstance(pictures, str | os.PathLike):
         pictures = find_pictures(str(pictures))
@@ -1790,7 +1818,7 @@ def true_class(path: str, root: str, names: list[str]) -> str:
 def class_names(source: Source) -> list[str]:
     """The source's class names. Published weights of 1,000 classes have ImageNet's."""
     if not source.num_classes:
-        raise UserError(f"{source.name} has no classifier: train one with --init-from")
+        check_classes(source, [])
     if source.classes:
         return source.classes
     if source.num_classes == 1000:
@@ -1943,6 +1971,8 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
         (evaluates and unused, f"--eval-only trains nothing: leave out {shorten(unused)}"),
         (evaluates and "output" in names and "predict" not in names,
          "--eval-only has an --output only with --predict"),
+        ("predict" in names and not typed.get("output", ".csv").endswith(".csv"),
+         f"--predict writes a .csv file, not --output {typed.get('output')}"),
         ("predict" in names and not evaluates, "--predict needs weights: --eval-only WEIGHTS"),
         ("predict" in names and names & {"tta", "amp", "dataset", "data_dir"},
          "--predict has no --tta, --amp, --dataset or --data-dir"),
