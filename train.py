@@ -255,6 +255,7 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
                                 f"{recipe.output}/last.pt, or another --output")
         if splits:
             recipe = replace(recipe, dataset="python")
+        check_early(recipe)
         data = prepare_data(recipe, source, splits)
         recipe = fit_to_data(recipe, len(data.train), typed)
         run = prepare_run(recipe, data, source)
@@ -297,6 +298,14 @@ class Run:
     def best_model(self) -> nn.Module:
         """The network that counts: that of the averaged weights, if there is an average."""
         return self.ema.module if self.ema else self.model
+
+def check_early(recipe: Recipe) -> None:
+    """Find mistakes that need no images before these are read, which can take minutes."""
+    pick_precision(recipe.amp, pick_device(recipe.device))
+    with torch.device("meta"):
+        build_network(recipe, classes=2)
+    if recipe.teacher:
+        open_source(recipe.teacher)
 
 def prepare_run(recipe: Recipe, data: Data, source: Source | None) -> Run:
     """Build the network, its average and the optimizers, or restore those of --resume."""
@@ -1694,13 +1703,16 @@ def lock(folder: Path) -> Iterator[None]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     file = folder / ".lock"
+    guard = FileLock(file, timeout=0)
     try:
-        with FileLock(file, timeout=0):
-            yield
+        guard.acquire()
     except Timeout as error:
         raise UserError(f"another run is writing to {folder}") from error
+    try:
+        yield
     finally:
-        with contextlib.suppress(OSError):
+        guard.release()
+        with contextlib.suppress(OSError):  # the present folder cannot be removed
             if [path.name for path in folder.iterdir()] in ([], [".lock"]):
                 file.unlink(missing_ok=True)
                 folder.rmdir()
