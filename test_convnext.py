@@ -1768,7 +1768,7 @@ def pretrained(small):
     pytest.param("--recipe fast --patch-size 2", {"start_size": 0}, id="24 px do not fit"),
     pytest.param("--recipe fast --img-size 96", {"start_size": 0}, id="24 px are for 32"),
     pytest.param("--init-from first/weights.safetensors --recipe finetune -b 256 --mixup 0.8 "
-                 "--lr 0.001", {"min_lr": 5e-7, "mixup": 0.8, "lr": 1e-3}, id="typed over finetune"),
+                 "--lr 0.001", {"min_lr": 2e-5, "mixup": 0.8, "lr": 1e-3}, id="typed over finetune"),
     pytest.param("--init-from first/weights.safetensors", {
         "depths": (1, 1), "dims": (8, 16), "layer_scale": 1e-6, "lr": 1e-3, "batch_size": 128},
         id="init-from takes the network alone"),
@@ -1822,7 +1822,7 @@ def test_the_crop_of_weights_belongs_to_their_size(monkeypatch, use, line, img_s
     ({"lr": "x"}, "--lr must be a number in (0, inf), not 'x'"),
     ({"lr": math.nan}, "--lr must be a number in (0, inf), not nan"),
     ({"tta": 1}, "--tta must be"), ({"epochs": True}, "--epochs must be a whole number"),
-    ({"depths": [1, 2]}, "--depths and --dims must be equally many"),
+    ({"depths": [1, 2]}, "--depths and --dims must have one length"),
     ({"depths": [], "dims": []}, "--depths must be whole numbers in [1, inf), not []"),
     ({"variant": "teeny"}, "--variant must be one of"), ({"epochs": None}, "--epochs must be")],
     ids=str)
@@ -2179,7 +2179,7 @@ def test_a_stopped_run_ends_with_the_same_bits(request, monkeypatch, line, at_re
 
 
 @pytest.mark.parametrize(("optimizer", "parts", "tolerance"), [
-    ("adamw", 3, 0.01), ("muon", 1, 0.1), ("sgd", 1, 0.01)])  # Muon computes in bfloat16
+    ("adamw", 3, 0.01), ("muon", 1, 0.2), ("sgd", 1, 0.01)])  # bfloat16 rounds Muon
 def test_steps_are_pytorchs(device, optimizer, parts, tolerance):
     """With parts of unequal size, clipping, two optimizers and a factor for each group."""
     recipe = train.Recipe(optimizer=optimizer, accumulate=parts, weight_decay=0.3, clip_grad=0.5,
@@ -2945,7 +2945,7 @@ def test_statistics_of_large_images_are_without_random_crops(small):
 
 
 def test_a_single_colour_does_not_divide_by_0():
-    images = train.Images(torch.full((4, 3, 8, 8), 51, dtype=torch.uint8), torch.zeros(4).long(), [])
+    images = train.Images(torch.full((4, 3, 8, 8), 51, dtype=torch.uint8), torch.zeros(4).long(), ["a"])
     mean, std = train.channel_statistics(images, 0)
     torch.testing.assert_close(mean, torch.full((3,), 0.2))
     assert (std > 0).all() and std.isfinite().all()
@@ -2998,20 +2998,21 @@ def test_without_a_folder_train_every_fifth_image_of_a_class_is_a_test_image(sma
     assert [*map(str, tested.images)] == ["data/a/04.png", "data/a/09.png", "data/b/04.png",
                                           "data/c/04.png"]
     assert len(learned) == 18 and not {*learned.images} & {*tested.images}
-    assert "data has no folder train: every fifth image of each class" in capsys.readouterr().err
+    assert "data has no folder train or test: every fifth image of each class" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("made", "message"), [
-    pytest.param([], "--data-dir data has no folder train or training", id="nothing"),
+    pytest.param([], "--data-dir data: there is no such folder", id="nothing"),
     pytest.param(["val/a/x.png", "val/b/x.png"], "has no folder train or training", id="no train"),
     pytest.param(["train/a/x.png", "train/b/x.png"], "has no folder test or val", id="no test"),
     pytest.param(["train/x.png", "val/x.png"], "data/train needs a folder per class", id="flat"),
-    pytest.param(["train/a/x.png", "val/a/x.png"], "two or more classes, a", id="one class"),
+    pytest.param(["train/a/x.png", "val/a/x.png"], "has images of one class, a; two are needed",
+                 id="one class"),
     pytest.param(["train/a/x.png", "train/b/x.png", "test/1.png"],
                  "data/test needs a folder per class with images in it. --predict takes pictures "
                  "without classes", id="flat test"),
     pytest.param(["train/a/x.png", "train/b/x.png", "val/a/x.png", "val/c/x.png"],
-                 "data/val has images of a, c; expected are two or more classes, a, b",
+                 "data/val has images of c, which are no classes of the training images: a, b",
                  id="another class")])
 def test_folders_that_do_not_fit(small, made, message):
     for path in made:
@@ -3075,15 +3076,16 @@ def test_nothing_in_a_folder_disappears_or_is_doubled(small, monkeypatch, capsys
         load(LARGE)
 
 
-@pytest.mark.parametrize(("size", "held_out"), [("8", 8), ("0.2", 8), ("0.01", 0), ("0", 0)])
+@pytest.mark.parametrize(("size", "held_out"), [("8", 8), ("0.2", 8), ("0", 0)])
 def test_held_out_images_are_of_each_class_equally_many(small, size, held_out):
     labels = torch.arange(40) % 4
-    images = train.Images(torch.arange(40).view(40, 1, 1, 1), labels, [*"abcd"])
+    numbered = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 3, 1, 1)
+    images = train.Images(numbered, labels, [*"abcd"])
     learned, val = train.hold_out(images, float(size))
     assert len(learned) == 40 - held_out
     if held_out:
         assert val.labels.bincount().tolist() == [2] * 4
-        assert sorted([*learned.images.flatten(), *val.images.flatten()]) == [*range(40)]
+        assert sorted([*learned.images[:, 0].flatten(), *val.images[:, 0].flatten()]) == [*range(40)]
         again = train.hold_out(images, float(size))[1]
         assert torch.equal(again.images, val.images)  # the same in each run
     else:
@@ -3775,7 +3777,7 @@ def test_a_backbone_cannot_predict(small):
     ("--batch-size 99999999999999999999", "--batch-size must be a whole number in [1, 1000000]"),
     ("--mixup 1e-46", "--mixup must be 0 or at least 0.001"),
     ("--workers 99999", "--workers must be a whole number in [0, 256]"),
-    ("--depths 1 2 --dims 8", "--depths and --dims must be equally many"),
+    ("--depths 1 2 --dims 8", "--depths and --dims must have one length"),
     ("--depths 1 0 --dims 8 8", "--depths must be whole numbers in [1, inf)"),
     ("--road nowhere", "invalid choice: 'nowhere'")], ids=lambda value: str(value)[:40])
 def test_wrong_values_are_refused_with_the_range(capsys, line, message):

@@ -32,9 +32,6 @@ ASSETS = Path(__file__).parent
 POSITIONS, CHANNELS, NORM, OTHER = "#D55E00", "#0072B2", "#009E73", "#8C8C8C"
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
-if not hasattr(convnext, "DESIGNS"):  # TODO-MERGE: remove once convnext.py has DESIGNS
-    convnext.DESIGNS = {step.name: design for step, design in convnext.roadmap()}
-    convnext.DESIGNS["window attention"] = convnext.named_design("window attention")
 DESIGNS = convnext.DESIGNS
 STEPS = {step.name: step for step in convnext.ROADMAP}
 
