@@ -1,18 +1,19 @@
 """ConvNeXt in one file, to be read from top to bottom.
 
     import torch
-    from convnext import create_convnext, from_checkpoint
+    import convnext
 
-    model = create_convnext("tiny", num_classes=10)                # random weights
-    logits = model(torch.randn(8, 3, 224, 224))                    # (8, 10)
-    model = create_convnext("tiny", num_classes=10, patch_size=2)  # for images of 32x32 pixels
-    model = from_checkpoint("timm:convnext_tiny.fb_in1k")          # pretrained; evaluation mode
+    images = torch.randn(8, 3, 224, 224)
+    model = convnext.create_convnext("tiny", num_classes=10)  # random weights
+    logits = model(images)                                    # (8, 10)
+    maps = model.forward_pyramid(images)                      # of every stage, for detection
+    convnext.speed_up(model)                                  # train faster on a CPU
+    small = convnext.create_convnext("tiny", patch_size=2)    # for images of 32x32 pixels
+    middle = convnext.roadmap_network(convnext.DESIGNS["GELU"])  # between ResNet-50 and ConvNeXt
 
-    load_weights(model, "weights.pth")    # copy the weights of a file or a download into a model
-    export_state_dict(model, "timm")      # give them to timm, torchvision, transformers or Meta
-    model.forward_pyramid(images)         # the map of every stage, for detection and segmentation
-    roadmap_network(DESIGNS["GELU"])      # any network between ResNet-50 and ConvNeXt
-    speed_up(model)                       # train faster on a CPU
+    model = convnext.from_checkpoint("timm:convnext_tiny.fb_in1k")  # pretrained; evaluation mode
+    convnext.load_weights(model, "weights.pth")               # copy a file's weights into a model
+    weights = convnext.export_state_dict(model, "timm")       # for timm, torchvision or others
 
 It needs torch, einops and safetensors; "timm:" and "hf:" also need timm and huggingface_hub.
 
@@ -40,8 +41,10 @@ Sections, tables and figures named below are the paper's; V2 is https://arxiv.or
 c = channels, h, w = height and width. The einops patterns that reorder axes, such as
 "b c h w -> b h w c", show the shape before and after.
 
-To try a different norm, change the base class of LayerNorm; for a different MLP or filter, change
-InvertedBottleneck or DepthwiseConv. Pretrained weights fit only layers with the same parameters.
+To try a different norm, give LayerNorm another base class: another norm of the last axis, such as
+nn.RMSNorm. For a different MLP or filter, change InvertedBottleneck or DepthwiseConv. Pretrained
+weights fit only layers with the same parameters.
+
 The network computes what the authors' code does (https://github.com/facebookresearch/ConvNeXt),
 and is initialised like it. `patch_size` is an addition: patches of 4x4 pixels leave too few
 positions of a small image. Each idea is a module of its own, so the authors' parameter `pwconv1`
@@ -102,14 +105,15 @@ class DepthwiseConv(nn.Conv2d):
 
     A 7x7 kernel takes 49·dim multiplications per position, where a dense 7x7 convolution takes
     49·dim², so a large kernel is affordable. Going from 3x3 to 7x7 gains 0.65 points of accuracy,
-    and larger kernels gain no more. Swin's windows are as large (section 2.5). Raises ValueError
-    for an even kernel size, which would change the size of the map.
+    and larger kernels gain no more. Swin's attention windows are 7x7, too (section 2.5). stride: 1
+    in ConvNeXt, 2 in some blocks of part 2. Raises ValueError for an even kernel size, which would
+    change the size of the map.
     """
 
-    def __init__(self, dim: int, kernel_size: int = 7) -> None:
+    def __init__(self, dim: int, kernel_size: int = 7, stride: int = 1) -> None:
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {kernel_size}")
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        super().__init__(dim, dim, kernel_size, stride, padding=kernel_size // 2, groups=dim)
 
 class LayerNorm(nn.LayerNorm):
     """Normalise the channels of each position on their own. (..., dim) -> (..., dim)
@@ -122,7 +126,8 @@ class LayerNorm(nn.LayerNorm):
     longer depends on the rest of its batch, and training and evaluation compute the same.
 
     ε prevents a division by zero where all channels are alike. It matters where the variance is not
-    much larger: pretrained weights need the ε of their training, 1e-6. PyTorch's default is 1e-5.
+    much larger than ε: pretrained weights need the ε of their training, 1e-6. PyTorch's default is
+    1e-5.
     """
 
     def __init__(self, dim: int) -> None:
@@ -131,7 +136,7 @@ class LayerNorm(nn.LayerNorm):
 class LayerNorm2d(LayerNorm):
     """LayerNorm of a feature map. (b, dim, h, w) -> (b, dim, h, w)
 
-    Block explains why moving the axes costs nothing.
+    Block explains when moving the axes copies nothing.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,10 +164,11 @@ class GRN(nn.Module):
         # The sum needs float32: squares overflow float16, and bfloat16 rounds small terms away.
         wide = torch.promote_types(x.dtype, torch.float32)
         squares = x.to(wide).square().sum((1, 2), keepdim=True)  # (b, 1, 1, dim)
-        norm = squares.clamp(min=1e-30).sqrt()  # the derivative of √ is infinite at 0
+        norm = squares.clamp(min=1e-30).sqrt()  # keeps the derivative of √ finite at 0
         n = norm / (norm.mean(-1, keepdim=True) + 1e-6)
         scale = (self.gamma * n).to(x.dtype)
-        return torch.addcmul(x + self.beta.to(x.dtype), x, scale)  # x + β + x ⊙ scale
+        # x + β + x ⊙ scale. In x ⊙ (1 + scale) + β, half precision would round a small scale away.
+        return torch.addcmul(x + self.beta.to(x.dtype), x, scale)
 
 class InvertedBottleneck(nn.Module):
     """Two linear layers around a GELU, the same at every position. (..., dim) -> (..., dim)
@@ -173,7 +179,8 @@ class InvertedBottleneck(nn.Module):
     narrow - wide - narrow (section 2.4). This one also has the transformer's single activation,
     where ResNet has one after each layer. GELU is a smooth ReLU, x · Φ(x), with Φ the distribution
     function of the standard normal (section 2.6). Nine tenths of Tiny's parameters are in these
-    layers: 8·dim² per block, each weight used once per position. grn: GRN after the GELU, in V2.
+    layers: 8·dim² per block, each weight used once per position. grn: put a GRN after the GELU, as
+    V2 does.
     """
 
     def __init__(self, dim: int, expansion: int = 4, grn: bool = False) -> None:
@@ -195,10 +202,6 @@ class LayerScale(nn.Module):
 
     This comes from CaiT, a deep vision transformer (Touvron et al., 2021). With so small a γ every
     block starts as almost the identity, and its branch grows as far as it proves useful.
-
-    Weight decay, which pulls parameters towards 0, is for matrices and filters. The authors exclude
-    vectors: biases, the weights of norms, LayerScale's γ, GRN's γ and β. They are too few to fit
-    noise with, and a factor that is pulled to 0 switches its channel off.
     """
 
     def __init__(self, dim: int, init: float = 1e-6) -> None:
@@ -241,17 +244,19 @@ class Block(nn.Module):
 
     A transformer block mixes positions by attention and then channels by an MLP, each with a norm
     and a shortcut. Here both kinds of mixing share one norm, one activation and one shortcut.
-    Fewer are better: removing two of the three activations in ResNet's block gained 0.65 points,
-    removing two of its three norms 0.14 (section 2.6). The paper measures this and has no theory.
+    Fewer did better: removing two of the three activations in ResNet's block gained 0.65 points,
+    removing two of its three norms 0.14 (section 2.6). The paper measures this and does not explain
+    it.
 
     Of the 49·dim + 8·dim² multiplications per position, the 7x7 kernel takes 6 % at 96 channels and
-    0.8 % at 768, but far more of the time: many small filters are slower than one matrix product.
+    0.8 % at 768. In training it takes 21 % and 7 % of the time, with speed_up 13 % and 2 % (maps of
+    56x56 and 7x7 positions, batch 8, float32, one thread of a CPU with AVX2).
 
-    The order of the axes changes within the block. A convolution takes (b, c, h, w), but the norm
-    and the linear layers act on the last axis, so that they need (b, h, w, c). The two rearranges
-    copy nothing: they only rename the axes of numbers that lie in memory in the order b h w c.
-    PyTorch calls this order "channels_last". A convolution whose input has it returns it, and the
-    norm at the end of the stem produces it. That norm copies its input once; nothing else does.
+    A convolution takes (b, c, h, w), but the norm and the linear layers act on the last axis, so
+    they need (b, h, w, c). Where a map lies in memory as b h w c, which PyTorch calls
+    "channels_last", the two rearranges copy nothing: they only rename the axes. The norm at the end
+    of the stem brings the maps into this order with one copy, and in float32 the convolutions keep
+    it.
 
     drop_path: p of DropPath. layer_scale: initial γ of LayerScale, 0 for none. grn: V2's block.
     """
@@ -279,8 +284,8 @@ class Downsample(nn.Sequential):
     """Halve the resolution between two stages. (b, dim_in, h, w) -> (b, dim, h // 2, w // 2)
 
     ResNet does this inside the first block of a stage. ConvNeXt, like Swin, has a separate layer, a
-    2x2 convolution of stride 2. Without a norm wherever the resolution changes, training diverges
-    (section 2.6). The paper does not say why it comes first; Swin's layer has the same order.
+    2x2 convolution of stride 2. Without these norms training diverges (section 2.6). The paper does
+    not say why the norm comes before the convolution; Swin's layer has the same order.
     """
 
     def __init__(self, dim_in: int, dim: int) -> None:
@@ -289,9 +294,8 @@ class Downsample(nn.Sequential):
 class Head(nn.Module):
     """Average over the positions, normalise, classify. (b, dim, h, w) -> (b, num_classes)
 
-    The norm comes after the average, so that the vector that is classified is normalised. The
-    average of normalised vectors would not be. With `num_classes` 0 the head returns the normalised
-    features, (b, dim).
+    The norm comes after the average, so that the classifier's input has the same scale for every
+    image. With `num_classes` 0 the head returns the normalised features, (b, dim).
     """
 
     def __init__(self, dim: int, num_classes: int) -> None:
@@ -306,18 +310,24 @@ class ConvNeXt(nn.Module):
     """Stages of blocks, each at half the resolution of the stage before (table 9).
 
     depths, dims: the number of blocks and of channels in each stage, for any number of stages. The
-    channels can be read as `model.dims`. num_classes: 0 for features. in_channels: channels of the
-    image. layer_scale: initial γ, 0 for no LayerScale. grn: ConvNeXt V2. drop_path: the chance of
-    dropping the last block's branch, in [0, 1); it rises linearly from 0 at the first block. The
-    paper trains Tiny with 0.1, Small with 0.4, Base and Large with 0.5 (table 5).
+    paper has most blocks in stage 3, as Swin does. The channels can be read as `model.dims`.
+    num_classes: 0 for features. in_channels: channels of the image. layer_scale: initial γ, 0 for
+    no LayerScale. grn: ConvNeXt V2. drop_path: the chance of dropping the last block's branch, in
+    [0, 1); it rises linearly from 0 at the first block. The paper trains Tiny with 0.1, Small with
+    0.4, Base and Large with 0.5 (table 5).
 
     patch_size: of the stem, 4 in the paper. Four stages turn an image of 32x32 pixels into a map of
     1x1 positions with patch_size 4, of 2x2 with patch_size 2, and of 4x4 with patch_size 1. Half
     the patch size means four times as many positions, and so four times the work.
 
     head_init_scale: a factor on the classifier's initial weights, 0.001 in fine-tuning (table 6).
-    The gradient that reaches the pretrained layers was multiplied by the classifier's weights. As
-    long as these are random, it would spoil the pretrained layers, so it is made small.
+    Random classifier weights send a meaningless gradient into pretrained layers. Small ones let the
+    classifier learn first.
+
+    Weight decay, which pulls parameters towards 0, is for matrices and filters. The authors exclude
+    vectors: biases, the weights of norms, LayerScale's γ, GRN's γ and β. They are too few to fit
+    noise with, and a factor that is pulled to 0 switches its channel off (parameter_groups in
+    train.py).
     """
 
     def __init__(
@@ -335,7 +345,7 @@ class ConvNeXt(nn.Module):
             raise ValueError(f"drop_path must be at least 0 and below 1, not {drop_path}")
         self.dims = tuple(dims)
         stem = nn.Sequential(Patchify(in_channels, dims[0], patch_size), LayerNorm2d(dims[0]))
-        # The authors' name for what comes before each stage, although the first is the stem.
+        # This is the authors' name; the first of these layers is the stem.
         self.downsample_layers = nn.ModuleList([stem])
         for dim_in, dim in pairwise(dims):
             self.downsample_layers.append(Downsample(dim_in, dim))
@@ -368,21 +378,15 @@ class ConvNeXt(nn.Module):
         return self.head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(b, in_channels, h, w) -> the last stage's map, (b, dims[-1], h // 32, w // 32).
-
-        The total stride is 32, in general patch_size · 2^(stages - 1). Raises ValueError for a
-        wrong number of axes or channels, and for an image that is smaller than this stride.
-        """
-        self._check(x)
-        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = stage(downsample(x))
-        return x
+        """(b, in_channels, h, w) -> the last stage's map, (b, dims[-1], h // 32, w // 32)."""
+        return self.forward_pyramid(x)[-1]
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """(b, in_channels, h, w) -> the map of every stage, at strides 4, 8, 16 and 32.
 
-        `model.dims` has their channels; the first stride is the patch size. Detection and
-        segmentation heads take such maps, often with a norm for each. Errors: forward_features.
+        The first stride is the patch size, and the last is patch_size · 2^(stages - 1). Detection
+        and segmentation heads take such maps, often with a norm for each. Raises ValueError for a
+        wrong number of axes or channels, and for an image smaller than the last stride.
         """
         self._check(x)
         maps = []
@@ -392,11 +396,10 @@ class ConvNeXt(nn.Module):
         return maps
 
     def _check(self, x: Tensor) -> None:
-        first, *others = self.downsample_layers
-        stem = first[0] if isinstance(first, nn.Sequential) else first
-        layers = [stem] + [layer[-1] for layer in others if isinstance(layer, Downsample)]
-        if len(layers) < len(self.dims) or not all(isinstance(m, Patchify) for m in layers):
-            return  # a layer was replaced: only PyTorch knows what fits it
+        stem = next(self.downsample_layers[0].children(), None)
+        if not isinstance(stem, Patchify):
+            return  # only the layer that took its place knows what fits it
+        layers = [m for m in self.downsample_layers.modules() if isinstance(m, Patchify)]
         stride = math.prod([layer.stride[0] for layer in layers])
         if x.ndim != 4 or x.shape[1] != stem.in_channels or min(x.shape[2:]) < stride:
             raise ValueError(
@@ -406,7 +409,7 @@ class ConvNeXt(nn.Module):
 class Variant(NamedTuple):
     depths: tuple[int, ...]  # blocks per stage
     dims: tuple[int, ...]  # channels per stage
-    gflops: float  # as the papers print it: multiply-accumulates in 1e9 at 224x224 pixels
+    gflops: float  # FLOPs in the papers: 1e9 multiply-accumulates at 224x224 pixels
     grn: bool = False  # ConvNeXt V2
 
 # The paper's stages have 1 : 1 : 3 : 1 blocks, like Swin-T's, or 1 : 1 : 9 : 1. ResNet-50 has
@@ -433,7 +436,8 @@ def create_convnext(variant: str, *, layer_scale: float | None = None, **options
     """Build one of the VARIANTS with initial weights, in training mode.
 
     options: keyword arguments of ConvNeXt other than depths, dims and grn, which the variant fixes.
-    layer_scale: 1e-6 by default in V1, and none in V2, whose paper found it unnecessary with GRN.
+    layer_scale: initial γ, or 0 for no LayerScale. The default is 1e-6 in V1 and 0 in V2, whose
+    paper found it unnecessary with GRN.
     Raises ValueError for an unknown variant. Networks of other sizes: ConvNeXt(depths, dims).
     """
     if variant not in VARIANTS:
@@ -459,7 +463,7 @@ class Design(NamedTuple):
     depths: tuple[int, ...] = (3, 4, 6, 3)
     patchify: bool = False  # the stem: patches of 4x4 pixels, not a strided 7x7 and a max-pool
     depthwise: bool = False  # the kxk convolution has one filter per channel
-    width: int = 64  # channels of stage 1 where its blocks are narrow; doubled in each later stage
+    width: int = 64  # channels of stage 1's narrowest layers; each later stage has twice as many
     inverted: bool = False  # blocks are narrow - wide - narrow, not wide - narrow - wide
     depthwise_first: bool = False  # the kxk convolution is the first layer, not the second
     kernel_size: int = 3  # k
@@ -502,22 +506,34 @@ ROADMAP = (
     Step("separate downsampling", {"separate_downsampling": True}, 81.97, 4.49),
 )
 
-DESIGNS: dict[str, Design] = {}  # the network after each step, by the step's name
-last_kept = Design()
-for step in ROADMAP:
-    DESIGNS[step.name] = last_kept._replace(**step.change)
-    if step.kept:
-        last_kept = DESIGNS[step.name]
-# Not steps of the paper: what attention does in place of the convolution, in two kinds of block.
-DESIGNS["window attention"] = last_kept._replace(attention=True)
-DESIGNS["Swin block"] = last_kept._replace(swin_block=True)
+def all_designs() -> dict[str, Design]:
+    """Return the network after each step, by the step's name, and two networks with attention."""
+    designs = {}
+    kept = Design()
+    for step in ROADMAP:
+        designs[step.name] = kept._replace(**step.change)
+        if step.kept:
+            kept = designs[step.name]
+    # Not steps of the paper: attention in place of the convolution, in two kinds of block.
+    designs["window attention"] = kept._replace(attention=True)
+    designs["Swin block"] = kept._replace(swin_block=True)
+    return designs
+
+DESIGNS = all_designs()
+
+def pointwise(c_in: int, c_out: int, norm: type[nn.Module] | None, stride: int = 1
+              ) -> list[nn.Module]:
+    """Return a 1x1 convolution and its norm, if it has one."""
+    bias = norm is not nn.BatchNorm2d  # which subtracts any bias
+    layer = nn.Conv2d(c_in, c_out, 1, stride, bias=bias)
+    return [layer, norm(c_out)] if norm else [layer]
 
 class RoadmapBlock(nn.Module):
     """A block between ResNet's and ConvNeXt's. (b, dim_in, h, w) -> (b, dim, h // s, w // s)
 
-    width: of the stage, see Design. The block returns dim = 4·width channels, or dim = width if it
-    is inverted, which can be read as `block.dim`. stride: s, of the kxk convolution and the
-    shortcut. shift: see WindowAttention, which has no stride.
+    width: channels of the narrow layers. The block returns dim channels, 4·width or, if it is
+    inverted, width; they can be read as `block.dim`. stride: s, of the kxk convolution and of the
+    shortcut; attention needs 1. shift: see WindowAttention.
     """
 
     def __init__(self, design: Design, dim_in: int, width: int, stride: int, shift: bool,
@@ -525,39 +541,36 @@ class RoadmapBlock(nn.Module):
         super().__init__()
         self.dim = width if design.inverted else 4 * width
         middle = 4 * width if design.inverted else width
-        norm = None if design.one_norm else design.norm  # the step "one norm" removes it
-        act = nn.Identity if design.one_act else design.act  # "one activation" removes it
-
-        def conv(c_in: int, c_out: int, norm: type[nn.Module] | None, size: int = 1,
-                 stride: int = 1, groups: int = 1) -> list[nn.Module]:
-            if groups == c_in and stride == 1:
-                layer: nn.Conv2d = DepthwiseConv(c_in, size)
-            else:
-                bias = norm is not nn.BatchNorm2d  # which subtracts any bias
-                layer = nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=bias)
-            return [layer, norm(c_out)] if norm else [layer]
+        extra_norm = None if design.one_norm else design.norm  # the step "one norm" removes these
+        extra_act = nn.Identity if design.one_act else design.act  # "one activation" removes these
 
         def mix(dim: int) -> list[nn.Module]:  # what mixes positions; this norm always stays
+            layer: nn.Module
+            k = design.kernel_size
             if design.attention:
-                return [WindowAttention(dim, shift), design.norm(dim)]
-            groups = dim if design.depthwise else 1
-            return conv(dim, dim, design.norm, design.kernel_size, stride, groups)
+                layer = WindowAttention(dim, shift)
+            elif design.depthwise:
+                layer = DepthwiseConv(dim, k, stride)
+            else:
+                layer = nn.Conv2d(dim, dim, k, stride, k // 2, bias=False)  # the norm has a bias
+            return [layer, design.norm(dim)]
 
         if design.depthwise_first:  # kxk - wide - narrow
-            layers = [*mix(dim_in), act(), *conv(dim_in, middle, norm)]
+            layers = [*mix(dim_in), extra_act(), *pointwise(dim_in, middle, extra_norm)]
         else:  # 1x1 - kxk - 1x1
-            layers = [*conv(dim_in, middle, norm), act(), *mix(middle)]
-        self.branch = nn.Sequential(*layers, design.act(), *conv(middle, self.dim, norm))
+            layers = [*pointwise(dim_in, middle, extra_norm), extra_act(), *mix(middle)]
+        layers += [design.act(), *pointwise(middle, self.dim, extra_norm)]
+        self.branch = nn.Sequential(*layers)
         self.shortcut = nn.Sequential()
         if dim_in != self.dim or stride > 1:
-            self.shortcut.extend(conv(dim_in, self.dim, design.norm, stride=stride))
-        self.act = act()
+            self.shortcut.extend(pointwise(dim_in, self.dim, design.norm, stride))
+        self.act = extra_act()
         # The paper does not say from which step on LayerScale was used.
         has_scale = design.separate_downsampling and layer_scale > 0
         self.layer_scale = LayerScale(self.dim, layer_scale) if has_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = rearrange(self.branch(x), "b c h w -> b h w c")
+        y = rearrange(self.branch(x), "b c h w -> b h w c")  # LayerScale acts on the last axis
         y = rearrange(self.layer_scale(y), "b h w c -> b c h w")
         return self.act(self.shortcut(x) + y)
 
@@ -566,19 +579,19 @@ class WindowAttention(nn.Module):
 
         y = W · softmax(q · kᵀ / √d + B) · v,   q, k, v = linear(x),   d = dim / heads
 
-    There are dim // 16 heads; Swin has 32 channels per head, but 16 give narrow networks several
-    heads, too. B is learned, for each head and relative position. Positions outside of the map are
-    masked. shift: the windows begin at position 3 instead of 0, and what lies before forms a
-    smaller window. In Swin every other block is shifted, so that windows exchange information. An
-    axis with a single window is not shifted. As in Swin, the biases of the linear layers start at
-    0. Raises ValueError if dim is not a multiple of the number of heads.
+    There are dim // 16 heads. Swin has one per 32 channels; with 16, narrow networks have several,
+    too. B is learned, for each head and relative position. Positions outside of the map are masked.
+    shift: the first window begins 4 positions before the map, so the others begin at 3, 10, ...
+    instead of 7, 14, ... In Swin every other block is shifted, so that windows exchange
+    information. An axis with a single window is not shifted. As in Swin, the biases of the linear
+    layers start at 0. Raises ValueError if dim is not a multiple of the number of heads.
     """
 
     def __init__(self, dim: int, shift: bool, window: int = 7) -> None:
         super().__init__()
         self.window = window
         self.heads = max(1, dim // 16)
-        self.before = window - window // 2 if shift else 0  # rows of the first window off the map
+        self.before = window - window // 2 if shift else 0  # how far the first window begins off the map
         if dim % self.heads:
             raise ValueError(f"{dim} channels cannot be divided into {self.heads} heads; give a "
                              "multiple of 16")
@@ -606,7 +619,8 @@ class WindowAttention(nn.Module):
                             three=3, m=self.heads, p=n, q=n)  # m heads of c channels
         outside = F.pad(x.new_zeros(h, w), fill, value=1)
         outside = rearrange(outside, "(i p) (j q) -> (i j) 1 1 (p q)", p=n, q=n)
-        bias = self.bias[:, self.index] - 1e4 * outside  # (windows, heads, 49, 49)
+        # (windows, heads, 49, 49). In place of infinity, 1e4 is a number that float16 can hold.
+        bias = self.bias[:, self.index] - 1e4 * outside
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         y = rearrange(y, "b (i j) m (p q) c -> b (i p) (j q) (m c)", i=rows, p=n)
         y = self.proj(y[:, top : top + h, left : left + w])
@@ -636,8 +650,9 @@ def roadmap_network(design: Design, num_classes: int = 1000, patch_size: int = 4
                     layer_scale: float = 1e-6) -> nn.Sequential:
     """Build any network of the road, such as DESIGNS["GELU"]. (b, 3, h, w) -> (b, num_classes)
 
-    patch_size: the stem's stride, also without patches: 4, or 1 or 2 for images of 32x32 pixels.
-    layer_scale: see Block. For another width, use DESIGNS["GELU"]._replace(width=32).
+    patch_size: the stride of the whole stem, 4, or 1 or 2 for images of 32x32 pixels. A stem
+    without patches has it in its convolution and max-pool. layer_scale: see Block. For another
+    width, use DESIGNS["GELU"]._replace(width=32).
 
     Initial weights are PyTorch's, and the stochastic depth of the paper's networks is left out: the
     last step is ConvNeXt-Tiny, but starts from other weights. Raises ValueError for a different
