@@ -15,7 +15,8 @@
     convnext.load_weights(model, "weights.pth")               # copy a file's weights into a model
     weights = convnext.export_state_dict(model, "timm")       # for timm, torchvision or others
 
-It needs torch, einops and safetensors; "timm:" and "hf:" also need timm and huggingface_hub.
+It needs torch, einops and safetensors. "timm:", "hf:" and folders that timm wrote also need timm
+and huggingface_hub.
 
 "A ConvNet for the 2020s" (Liu et al., 2022, https://arxiv.org/abs/2201.03545) starts from a
 ResNet-50 and changes one thing after another until a purely convolutional network matches a Swin
@@ -125,19 +126,15 @@ class LayerNorm(nn.LayerNorm):
     BatchNorm by it gained only 0.06 points (section 2.6). The benefit is elsewhere: an image no
     longer depends on the rest of its batch, and training and evaluation compute the same.
 
-    ε prevents a division by zero where all channels are alike. It matters where the variance is not
-    much larger than ε: pretrained weights need the ε of their training, 1e-6. PyTorch's default is
-    1e-5.
+    ε prevents a division by zero where all channels are alike. If the variance is not much larger
+    than ε, pretrained weights need the ε of their training, 1e-6. PyTorch's default is 1e-5.
     """
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, eps=1e-6)
 
 class LayerNorm2d(LayerNorm):
-    """LayerNorm of a feature map. (b, dim, h, w) -> (b, dim, h, w)
-
-    Block explains when moving the axes copies nothing.
-    """
+    """LayerNorm of a feature map. (b, dim, h, w) -> (b, dim, h, w). On the axes: see Block."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(rearrange(x, "b c h w -> b h w c"))
@@ -179,8 +176,7 @@ class InvertedBottleneck(nn.Module):
     narrow - wide - narrow (section 2.4). This one also has the transformer's single activation,
     where ResNet has one after each layer. GELU is a smooth ReLU, x · Φ(x), with Φ the distribution
     function of the standard normal (section 2.6). Nine tenths of Tiny's parameters are in these
-    layers: 8·dim² per block, each weight used once per position. grn: put a GRN after the GELU, as
-    V2 does.
+    layers: 8·dim² per block, used at every position. grn: put a GRN after the GELU, as V2 does.
     """
 
     def __init__(self, dim: int, expansion: int = 4, grn: bool = False) -> None:
@@ -245,8 +241,7 @@ class Block(nn.Module):
     A transformer block mixes positions by attention and then channels by an MLP, each with a norm
     and a shortcut. Here both kinds of mixing share one norm, one activation and one shortcut.
     Fewer did better: removing two of the three activations in ResNet's block gained 0.65 points,
-    removing two of its three norms 0.14 (section 2.6). The paper measures this and does not explain
-    it.
+    removing two of its three norms 0.14 (section 2.6). The paper does not explain it.
 
     Of the 49·dim + 8·dim² multiplications per position, the 7x7 kernel takes 6 % at 96 channels and
     0.8 % at 768. In training it takes 21 % and 7 % of the time, with speed_up 13 % and 2 % (maps of
@@ -254,9 +249,8 @@ class Block(nn.Module):
 
     A convolution takes (b, c, h, w), but the norm and the linear layers act on the last axis, so
     they need (b, h, w, c). Where a map lies in memory as b h w c, which PyTorch calls
-    "channels_last", the two rearranges copy nothing: they only rename the axes. The norm at the end
-    of the stem brings the maps into this order with one copy, and in float32 the convolutions keep
-    it.
+    "channels_last", the two rearranges copy nothing: they only rename the axes. The stem's norm
+    brings the maps into this order with one copy, and in float32 the convolutions keep it.
 
     drop_path: p of DropPath. layer_scale: initial γ of LayerScale, 0 for none. grn: V2's block.
     """
@@ -326,8 +320,7 @@ class ConvNeXt(nn.Module):
 
     Weight decay, which pulls parameters towards 0, is for matrices and filters. The authors exclude
     vectors: biases, the weights of norms, LayerScale's γ, GRN's γ and β. They are too few to fit
-    noise with, and a factor that is pulled to 0 switches its channel off (parameter_groups in
-    train.py).
+    noise with, and a factor pulled to 0 switches its channel off. (train.py: parameter_groups.)
     """
 
     def __init__(
@@ -664,7 +657,7 @@ def roadmap_network(design: Design, num_classes: int = 1000, patch_size: int = 4
         raise ValueError("attention needs separate_downsampling: it has no stride")
     dim = design.width
     layers: list[nn.Module]
-    if design.patchify:  # the paper names no norm here before the last step, so this one is a guess
+    if design.patchify:  # the norm is a guess: the paper names none before the last step
         layers = [Patchify(3, dim, patch_size), design.norm(dim)]
     else:
         layers = [nn.Conv2d(3, dim, 7, stride=min(2, patch_size), padding=3, bias=False),
@@ -764,21 +757,20 @@ SHAPES = {  # the parameters with a different shape, by a part of their native n
     "torchvision": {".gamma": "c -> c 1 1"},
     "huggingface": {".grn.": "c -> 1 1 1 c"},
 }
-# timm has 1x1 convolutions in place of linear layers in these variants alone.
+# timm has 1x1 convolutions in place of linear layers, in these variants alone.
 TIMM_1X1 = [name for name in VARIANTS if name.endswith(("atto", "femto", "pico", "nano"))]
 TIMM_1X1_SHAPES = {".pwconv1.weight": "o i -> o i 1 1", ".pwconv2.weight": "o i -> o i 1 1"}
 
-def name_table() -> list[dict[str, str]]:
-    """Return the rows of NAMES as dicts with the whole name in each layout."""
+def name_table() -> dict[str, dict[str, str]]:
+    """Return the rows of NAMES, with the whole name in each layout, by their native name."""
     names = NAMES.split()
-    rows = []
+    rows = {}
     for start in range(0, len(names), len(LAYOUTS)):
-        native = names[start]
         row = {}
         for layout, name, block in zip(LAYOUTS, names[start:], BLOCK, strict=False):
-            name = native if name == "=" else name
+            name = names[start] if name == "=" else name
             row[layout] = block + name if name.startswith(".") else name
-        rows.append(row)
+        rows[row["native"]] = row
     return rows
 
 TABLE = name_table()
@@ -793,15 +785,13 @@ def renamed(name: str, old: str, new: str) -> str | None:
 
     For example, "stages.2.8.mlp.pwconv1.weight" is "stages.2.blocks.8.mlp.fc1.weight" in timm.
     """
-    for row in TABLE:  # the stem's rows come first, so the other rows are for stages from 1 on
+    for row in TABLE.values():  # the stem's come first, so {s} of later rows is not a stem's 0
         match = re.fullmatch(pattern(row[old]) + r"(?P<end>\.weight|\.bias|)", name)
         if match is None or row[new] == "-":
             continue
         found = match.groupdict()
-        stage = int(found.get("s", 0))
-        for key in ("d", "e"):  # torchvision counts blocks and downsampling layers together
-            if key in found:
-                stage = int(found[key]) // 2
+        twice = found.get("d") or found.get("e")  # torchvision counts stages by twos
+        stage = int(twice) // 2 if twice else int(found.get("s", 0))
         numbers = {"s": stage, "d": 2 * stage, "e": 2 * stage + 1, "b": found.get("b")}
         return row[new].format(**numbers) + found["end"]
     return None
@@ -969,18 +959,19 @@ def fetch_address(address: str) -> tuple[Mapping, dict[str, str]]:
         raise
 
 def refuse_other_network(source: str, epsilons: set[float], activations: set[str]) -> None:
-    """Raise ValueError for what the tensors do not tell, if it is another than ConvNeXt's."""
+    """Raise ValueError if these, which do not show in the tensors, are not those of ConvNeXt."""
     if epsilons - {1e-6}:
         raise ValueError(f"{source} is another network: its norms have ε = {max(epsilons)}")
     if activations - {"gelu"}:
         raise ValueError(f"{source} is another network: its activation is {max(activations)}")
 
 def refuse_other_timm_network(source: str, model: nn.Module) -> None:
-    """Do this for a network of timm."""
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    mlps = [module.mlp for module in model.modules() if hasattr(module, "mlp")]
+    """Raise ValueError if ε or activation of timm's network are not those of ConvNeXt."""
+    layers = dict(model.named_modules())
+    norms = [layer for layer in layers.values() if isinstance(layer, nn.LayerNorm)]
+    activations = [layer for name, layer in layers.items() if name.endswith("mlp.act")]
     refuse_other_network(source, {norm.eps for norm in norms},
-                         {type(mlp.act).__name__.lower() for mlp in mlps})
+                         {type(activation).__name__.lower() for activation in activations})
 
 def read_json(path: str) -> dict[str, Any]:
     """Read a JSON file that holds a dict; {} if there is no such file."""
@@ -999,12 +990,11 @@ def read_settings(folder: str) -> dict[str, Any]:
         import timm
 
         with torch.device("meta"):
-            model = timm.create_model(config["architecture"], **config.get("model_args", {}))
+            model = timm.create_model(config["architecture"], **(config.get("model_args") or {}))
         refuse_other_timm_network(folder, model)
     if "pretrained_cfg" in config:
         return timm_settings(config | config["pretrained_cfg"])
-    # In transformers layer_norm_eps is for the last norm alone. 1e-12, the default there, changes
-    # nothing but rounding.
+    # transformers uses layer_norm_eps in the last norm alone. On 1e-12 see load_weights.
     refuse_other_network(folder, {config.get("layer_norm_eps", 1e-12)} - {1e-12},
                          {config.get("hidden_act", "gelu")})
     labels = config.get("id2label") or {}
@@ -1066,9 +1056,8 @@ def flattened(content: Mapping, path: str = "") -> Iterator[tuple[str, Any]]:
 def find_network(names: list[str]) -> tuple[str, str]:
     """Return layout and prefix of the network whose parameters are among these names."""
     networks = {}
-    marked = next(row for row in TABLE if "pwconv1" in row["native"])  # differs in each layout
     for layout in LAYOUTS:
-        marker = pattern(marked[layout])
+        marker = pattern(TABLE["stages.{s}.{b}.mlp.pwconv1"][layout])  # differs in each layout
         for name in names:
             match = re.fullmatch(rf"(|.*\.){marker}\.weight", name)
             if match:
@@ -1154,15 +1143,12 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
     left out. A warning names what was kept or left out. If anything else does not fit, ValueError
     names it. After an error the model is unchanged. For further errors see read_weights.
 
-    The last norm of Hugging Face's networks has ε = 1e-12, where this one has 1e-6. The features
-    that it normalises vary so much more that the logits differ only by rounding.
+    The last norm of Hugging Face's networks has ε = 1e-12, this model's has 1e-6, which differs
+    only where the variance of the features is nearly as small.
     """
     model = unwrapped(model)
     tensors = read_weights(source).tensors
     state = model.state_dict()
-    if any(tensor.is_meta for tensor in state.values()):
-        raise ValueError("the model is on the meta device, where tensors have no values; move it "
-                         'with model.to_empty(device="cpu")')
 
     def shape(place: Mapping[str, Tensor], name: str) -> str:
         return str(tuple(place[name].shape)) if name in place else "missing"
@@ -1185,8 +1171,9 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
     loaded = [name for name in state if not name.startswith(parts)]
     left_out = [name for name in tensors if name not in state]
     for name in loaded:
-        if tensors[name].is_meta:
-            raise ValueError(f"{name} is on the meta device, where tensors have no values")
+        for place, tensor in (("weights", tensors[name]), ("model", state[name])):
+            if tensor.is_meta:
+                raise ValueError(f"{name} is on the meta device in the {place}: it has no values")
     # Warn first: where warnings are errors, the model stays unchanged.
     if kept:
         warnings.warn(f"the model kept its own {', '.join(kept)}", stacklevel=2)
@@ -1198,8 +1185,7 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
 def infer_architecture(weights: Weights) -> dict[str, Any]:
     """Derive ConvNeXt's arguments from the tensors; ValueError if they lack a stage or the stem."""
     tensors = weights.tensors
-    blocks = [name.split(".") for name in tensors if name.endswith(".dwconv.weight")]
-    stages = [block[1] for block in blocks]
+    stages = [name.split(".")[1] for name in tensors if name.endswith(".dwconv.weight")]
     depths = tuple(stages.count(str(s)) for s in range(len(set(stages))))
     filters = [tensors.get(f"stages.{s}.0.dwconv.weight") for s in range(len(depths))]
     stem = tensors.get("downsample_layers.0.0.weight")

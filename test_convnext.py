@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import urllib.error
 import urllib.request
 import warnings
@@ -585,8 +586,8 @@ def test_a_stem_without_layers_runs(first):
 
 
 def test_the_example_at_the_top_names_what_exists():
-    lines = convnext.__doc__.split("\n\n    ")[1:3]
-    code = ast.parse("\n".join(lines).replace("\n    ", "\n").partition("\n\nIt needs")[0])
+    example, _, _ = convnext.__doc__.partition("\n\nIt needs")
+    code = ast.parse(textwrap.dedent(example.partition("\n\n")[2]))
     used = [node for node in ast.walk(code) if isinstance(node, ast.Attribute)]
     found = [node.attr for node in used if getattr(node.value, "id", "") == "convnext"]
     assert len(found) == 8 and all(hasattr(convnext, name) for name in found)
@@ -1167,7 +1168,7 @@ def test_odd_shapes_are_refused(name, tensor):
 
 
 def test_a_model_on_the_meta_device_cannot_hold_weights():
-    with pytest.raises(ValueError, match="the model is on the meta device"):
+    with pytest.raises(ValueError, match="layers.0.0.weight is on the meta device in the model"):
         load_weights(meta("atto"), create_convnext("atto").state_dict())
 
 
@@ -1723,7 +1724,8 @@ def test_settings_that_cannot_be_used_are_named(tmp_path):
 
 @pytest.mark.parametrize(("config", "message"), [
     ({"architecture": "test_convnext2"}, "its norms have ε = 1e-05"),
-    ({"architecture": "convnext_atto", "model_args": {"act_layer": "silu"}}, "its activation is silu"),
+    ({"architecture": "convnext_atto", "model_args": {"act_layer": "silu"}},
+     "its activation is silu"),
     ({"architecture": "convnext_atto"}, None),
     ({"hidden_act": "gelu_new"}, "its activation is gelu_new"),
     ({"layer_norm_eps": 1e-3}, "its norms have ε = 0.001"),
