@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import urllib.error
 import urllib.request
 import warnings
@@ -227,9 +228,8 @@ def test_the_same_function_both_ways(variant, request):
         logits = logits_of(network_with(exported, library, network), x)
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
         print(f"{variant:9} {library:12} {(logits - expected).abs().max().item():.1e}")
-        tensors, layout, _ = convnext.read_weights(
+        tensors, _ = convnext.read_weights(
             exported if library == "meta" else network.state_dict())
-        assert layout == library
         for name, parameter in model.named_parameters():  # came back to where it had been
             assert tensors.pop(name).data_ptr() == parameter.data_ptr(), name
         assert not tensors
@@ -296,6 +296,37 @@ def test_any_size_goes_to_the_libraries_that_have_it(depths, dims, library, v2):
                                    atol=1e-5, rtol=1e-5)
         back = from_checkpoint(network.state_dict())
         torch.testing.assert_close(back.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def test_v2_with_layer_scale_goes_to_timm_alone():
+    """No V2 of the other libraries has LayerScale, so its names would be ignored there."""
+    model = four_blocks(num_classes=5)
+    for library in ("huggingface", "meta"):
+        with pytest.raises(ValueError, match="V2 has no LayerScale there; fold_layer_scale"):
+            export_state_dict(model, library)
+    network = timm.models.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), use_grn=True,
+                                   num_classes=5, ls_init_value=1e-6)
+    network_with(export_state_dict(model, "timm"), "timm", network)
+    x = torch.randn(1, 3, 64, 64)
+    expected = logits_of(model, x)
+    torch.testing.assert_close(logits_of(network, x), expected, atol=1e-5, rtol=1e-5)
+    network = sized_peer("huggingface", (1, 1, 1, 1), (8, 16, 24, 32), True)
+    exported = export_state_dict(convnext.fold_layer_scale(model), "huggingface")
+    network_with(exported, "huggingface", network)
+    torch.testing.assert_close(logits_of(network, x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["timm", "torchvision", "huggingface", "meta"])
+@pytest.mark.parametrize("part", ["classifier", "downsampling"])
+def test_layers_that_a_library_lacks_are_not_exported(part, layout):
+    model = create_convnext("atto", num_classes=5)
+    if part == "classifier":
+        model.head.fc = nn.Sequential(nn.Dropout(), model.head.fc)
+    else:
+        model.downsample_layers[1].append(nn.BatchNorm2d(80))
+    name = "head.fc.1.weight" if part == "classifier" else "downsample_layers.1.2.weight"
+    with pytest.raises(ValueError, match=f"{name} has no name in the layout '{layout}'"):
+        export_state_dict(model, layout)
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision", "huggingface"])
@@ -555,13 +586,47 @@ def test_a_stem_that_is_no_sequence_runs():
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
 
 
-def test_fold_layer_scale_keeps_the_function():
+@pytest.mark.parametrize("first", [nn.Identity(), nn.Sequential()], ids=["identity", "empty"])
+def test_a_stem_without_layers_runs(first):
+    model = create_convnext("atto", num_classes=5)
+    model.downsample_layers[0] = first
+    x = torch.randn(1, 40, 8, 8)
+    torch.testing.assert_close(model.forward_pyramid(x)[0], model.stages[0](x))
+
+
+def test_the_example_at_the_top_names_what_exists():
+    example, _, _ = convnext.__doc__.partition("\n\nIt needs")
+    code = ast.parse(textwrap.dedent(example.partition("\n\n")[2]))
+    used = [node for node in ast.walk(code) if isinstance(node, ast.Attribute)]
+    found = [node.attr for node in used if getattr(node.value, "id", "") == "convnext"]
+    assert len(found) == 8 and all(hasattr(convnext, name) for name in found)
+    names = [node for node in ast.walk(code) if isinstance(node, ast.Name)]
+    assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    assert {node.id for node in names} - assigned == {"torch", "convnext"}
+
+
+def test_no_loop_leaves_variables_in_the_module():
+    left = [name for name, value in vars(convnext).items()
+            if name.islower() and not name.startswith("__")
+            and not callable(value) and not isinstance(value, type(os))]
+    assert not left
+
+
+@pytest.mark.parametrize("gamma", [None, 1e-6])
+def test_fold_layer_scale_keeps_the_function(gamma):
     model = randomise(create_convnext("atto", num_classes=10))
+    if gamma:
+        model.stages[0][0].layer_scale = convnext.LayerScale(40, gamma)
+        branch = model.stages[0][0].mlp.pwconv2.weight.detach().clone()
     x = torch.randn(2, 3, 64, 64)
     expected = logits_of(model, x)
+    with pytest.raises(ValueError, match="before you convert the model to float16"):
+        convnext.fold_layer_scale(copy.deepcopy(model).half())
     folded = convnext.fold_layer_scale(model)
     assert not any(name.endswith("gamma") for name, _ in model.named_parameters())
     torch.testing.assert_close(logits_of(folded, x), expected, atol=1e-6, rtol=1e-5)
+    if gamma:
+        torch.testing.assert_close(folded.stages[0][0].mlp.pwconv2.weight, gamma * branch)
 
 
 TOP1 = (78.82, 79.36, 79.51, 78.28, 80.50, 80.64, 79.92, 80.35, 80.57, 80.57, 80.47,
@@ -638,6 +703,16 @@ def test_stem_of_the_road_at_any_patch_size(step, patch_size):
     network(torch.randn(2, 3, 64, 96))
     assert maps[0] == (64 // patch_size, 96 // patch_size)
     assert maps[-1] == (8 // patch_size, 12 // patch_size)
+
+
+def test_depthwise_convolutions_of_the_road_have_the_width_and_a_bias():
+    """Also with one channel, where a filter per channel and a dense one look alike."""
+    network = convnext.roadmap_network(convnext.DESIGNS["GELU"]._replace(width=1), 10)
+    assert network.eval()(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+    network = convnext.roadmap_network(convnext.DESIGNS["depthwise conv"]._replace(width=8), 10)
+    layers = [m for m in network.modules() if isinstance(m, convnext.DepthwiseConv)]
+    assert len(layers) == 18 and all(layer.bias is not None for layer in layers)
+    assert [layer.stride for layer in layers].count((2, 2)) == 3
 
 
 def test_roads_that_cannot_be_built_are_named():
@@ -769,32 +844,40 @@ def test_window_attention_is_torchvisions(shift):
     ids=str,
 )
 def test_layers_do_what_they_are_told(speed_up, told):
-    """Settings changed by hand, before and after speed_up, against nn.Conv2d."""
+    """Settings changed by hand before speed_up, against nn.Conv2d."""
     for layer, settings in ((convnext.DepthwiseConv(6), {"groups": 6, "padding": 3}),
                             (convnext.DepthwiseConv(6, 5), {"groups": 6, "padding": 2})):
         plain = nn.Conv2d(6, 6, layer.kernel_size, **settings | told).double()
         plain.load_state_dict(layer.double().state_dict())
-        told_before, told_after = copy.deepcopy(layer), speed_up(layer)
-        for changed in (told_before, told_after):
-            for name, value in told.items():
-                setattr(changed, name, value)
-        for changed in (speed_up(told_before), told_after):
-            for size in ((2, 6, 13, 17), (1, 6, 9, 12)):
-                x = torch.randn(size, dtype=torch.double, requires_grad=True)
-                y = changed(x)
-                direction = torch.randn_like(y)
-                slow = told or "Fast" not in type(layer).__name__
-                assert ("Convolution" in y.grad_fn.name()) == bool(slow)
-                torch.testing.assert_close(y, plain(x))
-                torch.testing.assert_close(*(
-                    torch.autograd.grad(network(x), (x, *network.parameters()), direction)
-                    for network in (changed, plain)))
-                with torch.no_grad():
-                    torch.testing.assert_close(changed(x), y)
+        for name, value in told.items():
+            setattr(layer, name, value)
+        is_fast = speed_up is convnext.speed_up and not told
+        changed = speed_up(layer)
+        for size in ((2, 6, 13, 17), (1, 6, 9, 12)):
+            x = torch.randn(size, dtype=torch.double, requires_grad=True)
+            y = changed(x)
+            direction = torch.randn_like(y)
+            assert ("DepthwiseGradient" in y.grad_fn.name()) == is_fast
+            torch.testing.assert_close(y, plain(x))
+            torch.testing.assert_close(*(
+                torch.autograd.grad(network(x), (x, *network.parameters()), direction)
+                for network in (changed, plain)))
+            with torch.no_grad():
+                torch.testing.assert_close(changed(x), y)
 
 
-@pytest.mark.parametrize("when", ["before speed_up", "after it"])
-def test_training_is_evaluation_whatever_is_edited(speed_up, when, monkeypatch):
+def test_speed_up_draws_no_random_numbers_and_leaves_layers_with_a_stride():
+    network = convnext.roadmap_network(convnext.DESIGNS["GELU"]._replace(width=8), 10)
+    before = torch.get_rng_state()
+    convnext.speed_up(network)
+    assert torch.equal(torch.get_rng_state(), before)
+    layers = [m for m in network.modules() if isinstance(m, convnext.DepthwiseConv)]
+    kinds = [type(layer) for layer in layers if layer.stride == (2, 2)]
+    assert kinds == [convnext.DepthwiseConv] * 3
+    assert sum(type(layer) is convnext.FastDepthwiseConv for layer in layers) == 15
+
+
+def test_training_is_evaluation_whatever_is_edited(speed_up, monkeypatch):
     model, x = four_blocks(), torch.randn(2, 3, 64, 64)
     usual = logits_of(model, x)
 
@@ -812,10 +895,9 @@ def test_training_is_evaluation_whatever_is_edited(speed_up, when, monkeypatch):
                                     (convnext.DepthwiseConv, "forward", doubled),
                                     (convnext.DepthwiseConv, "_conv_forward", padded)):
         with monkeypatch.context() as patch:
-            changed = copy.deepcopy(model) if when == "before speed_up" else speed_up(
-                copy.deepcopy(model))
             patch.setattr(edited, method, forward)
-            logits = speed_up(changed).train()(x)
+            changed = speed_up(copy.deepcopy(model))
+            logits = changed.train()(x)
             assert (
                 logits.requires_grad and (logits - usual).abs().max() > 0.1 * usual.std()
             )
@@ -1039,6 +1121,18 @@ WITHOUT = object()
             {"stem.0.bias": torch.zeros(40, dtype=torch.int8)},
             "stem.0.bias has the type torch.int8",
         ),
+        (
+            {"stem.0.bias": torch.zeros(40, dtype=torch.float8_e4m3fn)},
+            "stem.0.bias has the type torch.float8_e4m3fn, not float16",
+        ),
+        (
+            {"stages.0.blocks.0.gamma": torch.ones(2, 20)},
+            r"0.0.layer_scale.gamma is \(2, 20\) in the weights, \(40,\) in the model",
+        ),
+        (
+            {"_orig_mod.stem.0.bias": torch.ones(40)},
+            "layers.0.0.bias is there twice, under different names",
+        ),
         ("femto", r"layers.0.1.weight is \(48,\) .* more$"),
         ("v2_atto", "gamma .*missing .*; and 33 more$"),
     ],
@@ -1080,6 +1174,11 @@ def test_odd_shapes_are_refused(name, tensor):
     exported = export_state_dict(create_convnext("atto", num_classes=5), "timm")
     with pytest.raises(ValueError, match="do not fit the model|four axes"):
         from_checkpoint(exported | {name: tensor})
+
+
+def test_a_model_on_the_meta_device_cannot_hold_weights():
+    with pytest.raises(ValueError, match="layers.0.0.weight is on the meta device in the model"):
+        load_weights(meta("atto"), create_convnext("atto").state_dict())
 
 
 def test_a_model_is_no_source_and_keras_no_layout():
@@ -1302,7 +1401,7 @@ def test_several_networks_are_refused():
     with pytest.raises(
         ValueError, match="average may be state_dict .* or ema_state_dict"
     ):
-        from_checkpoint({"state_dict": state, "ema_state_dict": state})
+        from_checkpoint({"state_dict": state, "ema_state_dict": state, "meta": 5})
 
 
 def small_config(kind, **options):
@@ -1502,6 +1601,11 @@ def test_timms_network_with_another_epsilon_is_refused(monkeypatch):
         ValueError, match="test_convnext is another network: .* ε = 1e-05"
     ):
         from_checkpoint("timm:test_convnext")
+    monkeypatch.setattr(
+        "timm.create_model", lambda name, pretrained, make=timm.models.create_model: make(
+            name, act_layer="gelu_tanh"))
+    with pytest.raises(ValueError, match="atto is another network: .* is gelutanh"):
+        from_checkpoint("timm:convnext_atto")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
@@ -1622,6 +1726,29 @@ def test_settings_that_cannot_be_used_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: Expecting"):
         from_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="cannot read .*config.json"):
+        from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    ({"architecture": "test_convnext2"}, "its norms have ε = 1e-05"),
+    ({"architecture": "convnext_atto", "model_args": {"act_layer": "silu"}},
+     "its activation is silu"),
+    ({"architecture": "convnext_atto"}, None),
+    ({"hidden_act": "gelu_new"}, "its activation is gelu_new"),
+    ({"layer_norm_eps": 1e-3}, "its norms have ε = 0.001"),
+    ({"layer_norm_eps": 1e-6}, None), ({"layer_norm_eps": 1e-12}, None)], ids=str)
+@pytest.mark.parametrize("name", ["model.safetensors", "renamed.pth"])
+def test_what_tensors_do_not_tell_is_read_beside_them(config, message, name, tmp_path):
+    """Another ε or activation, for timm's and transformers' folders, whatever the file's name."""
+    model = saved_atto(tmp_path / name)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if message is None:
+        assert torch.equal(from_checkpoint(tmp_path / name)(X), model(X))
+    else:
+        with pytest.raises(ValueError, match=f"is another network: {message}"):
+            from_checkpoint(tmp_path / name)
 
 
 @network
