@@ -1471,7 +1471,7 @@ class Source:
     network: dict[str, Any]  # the settings that describe the network
     num_classes: int
     tensors: Mapping[str, Tensor]  # averaged, where there is an average
-    weights: convnext.Weights | None  # the same, with their layout; None for the road
+    weights: convnext.Weights | None  # the same, as convnext.read_weights returns them
     expects: dict[str, Any]  # mean, std, img_size and perhaps crop_pct of its images
     classes: list[str] | None  # names, if they are known
     settings: dict[str, Any]  # of the run that made the file; {} for other programs' files
