@@ -7,6 +7,7 @@ pytest test_convnext.py -k both_ways -rP      prints the largest difference of l
 """
 
 import argparse
+import ast
 import contextlib
 import copy
 import csv
@@ -30,6 +31,7 @@ import signal
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import unicodedata
 import urllib.error
@@ -226,9 +228,8 @@ def test_the_same_function_both_ways(variant, request):
         logits = logits_of(network_with(exported, library, network), x)
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
         print(f"{variant:9} {library:12} {(logits - expected).abs().max().item():.1e}")
-        tensors, layout, _ = convnext.read_weights(
+        tensors, _ = convnext.read_weights(
             exported if library == "meta" else network.state_dict())
-        assert layout == library
         for name, parameter in model.named_parameters():  # came back to where it had been
             assert tensors.pop(name).data_ptr() == parameter.data_ptr(), name
         assert not tensors
@@ -295,6 +296,37 @@ def test_any_size_goes_to_the_libraries_that_have_it(depths, dims, library, v2):
                                    atol=1e-5, rtol=1e-5)
         back = from_checkpoint(network.state_dict())
         torch.testing.assert_close(back.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def test_v2_with_layer_scale_goes_to_timm_alone():
+    """No V2 of the other libraries has LayerScale, so its names would be ignored there."""
+    model = four_blocks(num_classes=5)
+    for library in ("huggingface", "meta"):
+        with pytest.raises(ValueError, match="V2 has no LayerScale there; fold_layer_scale"):
+            export_state_dict(model, library)
+    network = timm.models.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), use_grn=True,
+                                   num_classes=5, ls_init_value=1e-6)
+    network_with(export_state_dict(model, "timm"), "timm", network)
+    x = torch.randn(1, 3, 64, 64)
+    expected = logits_of(model, x)
+    torch.testing.assert_close(logits_of(network, x), expected, atol=1e-5, rtol=1e-5)
+    network = sized_peer("huggingface", (1, 1, 1, 1), (8, 16, 24, 32), True)
+    exported = export_state_dict(convnext.fold_layer_scale(model), "huggingface")
+    network_with(exported, "huggingface", network)
+    torch.testing.assert_close(logits_of(network, x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["timm", "torchvision", "huggingface", "meta"])
+@pytest.mark.parametrize("part", ["classifier", "downsampling"])
+def test_layers_that_a_library_lacks_are_not_exported(part, layout):
+    model = create_convnext("atto", num_classes=5)
+    if part == "classifier":
+        model.head.fc = nn.Sequential(nn.Dropout(), model.head.fc)
+    else:
+        model.downsample_layers[1].append(nn.BatchNorm2d(80))
+    name = "head.fc.1.weight" if part == "classifier" else "downsample_layers.1.2.weight"
+    with pytest.raises(ValueError, match=f"{name} has no name in the layout '{layout}'"):
+        export_state_dict(model, layout)
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision", "huggingface"])
@@ -554,13 +586,47 @@ def test_a_stem_that_is_no_sequence_runs():
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
 
 
-def test_fold_layer_scale_keeps_the_function():
+@pytest.mark.parametrize("first", [nn.Identity(), nn.Sequential()], ids=["identity", "empty"])
+def test_a_stem_without_layers_runs(first):
+    model = create_convnext("atto", num_classes=5)
+    model.downsample_layers[0] = first
+    x = torch.randn(1, 40, 8, 8)
+    torch.testing.assert_close(model.forward_pyramid(x)[0], model.stages[0](x))
+
+
+def test_the_example_at_the_top_names_what_exists():
+    example, _, _ = convnext.__doc__.partition("\n\nIt needs")
+    code = ast.parse(textwrap.dedent(example.partition("\n\n")[2]))
+    used = [node for node in ast.walk(code) if isinstance(node, ast.Attribute)]
+    found = [node.attr for node in used if getattr(node.value, "id", "") == "convnext"]
+    assert len(found) == 8 and all(hasattr(convnext, name) for name in found)
+    names = [node for node in ast.walk(code) if isinstance(node, ast.Name)]
+    assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    assert {node.id for node in names} - assigned == {"torch", "convnext"}
+
+
+def test_no_loop_leaves_variables_in_the_module():
+    left = [name for name, value in vars(convnext).items()
+            if name.islower() and not name.startswith("__")
+            and not callable(value) and not isinstance(value, type(os))]
+    assert not left
+
+
+@pytest.mark.parametrize("gamma", [None, 1e-6])
+def test_fold_layer_scale_keeps_the_function(gamma):
     model = randomise(create_convnext("atto", num_classes=10))
+    if gamma:
+        model.stages[0][0].layer_scale = convnext.LayerScale(40, gamma)
+        branch = model.stages[0][0].mlp.pwconv2.weight.detach().clone()
     x = torch.randn(2, 3, 64, 64)
     expected = logits_of(model, x)
+    with pytest.raises(ValueError, match="before you convert the model to float16"):
+        convnext.fold_layer_scale(copy.deepcopy(model).half())
     folded = convnext.fold_layer_scale(model)
     assert not any(name.endswith("gamma") for name, _ in model.named_parameters())
     torch.testing.assert_close(logits_of(folded, x), expected, atol=1e-6, rtol=1e-5)
+    if gamma:
+        torch.testing.assert_close(folded.stages[0][0].mlp.pwconv2.weight, gamma * branch)
 
 
 TOP1 = (78.82, 79.36, 79.51, 78.28, 80.50, 80.64, 79.92, 80.35, 80.57, 80.57, 80.47,
@@ -637,6 +703,16 @@ def test_stem_of_the_road_at_any_patch_size(step, patch_size):
     network(torch.randn(2, 3, 64, 96))
     assert maps[0] == (64 // patch_size, 96 // patch_size)
     assert maps[-1] == (8 // patch_size, 12 // patch_size)
+
+
+def test_depthwise_convolutions_of_the_road_have_the_width_and_a_bias():
+    """Also with one channel, where a filter per channel and a dense one look alike."""
+    network = convnext.roadmap_network(convnext.DESIGNS["GELU"]._replace(width=1), 10)
+    assert network.eval()(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+    network = convnext.roadmap_network(convnext.DESIGNS["depthwise conv"]._replace(width=8), 10)
+    layers = [m for m in network.modules() if isinstance(m, convnext.DepthwiseConv)]
+    assert len(layers) == 18 and all(layer.bias is not None for layer in layers)
+    assert [layer.stride for layer in layers].count((2, 2)) == 3
 
 
 def test_roads_that_cannot_be_built_are_named():
@@ -768,32 +844,40 @@ def test_window_attention_is_torchvisions(shift):
     ids=str,
 )
 def test_layers_do_what_they_are_told(speed_up, told):
-    """Settings changed by hand, before and after speed_up, against nn.Conv2d."""
+    """Settings changed by hand before speed_up, against nn.Conv2d."""
     for layer, settings in ((convnext.DepthwiseConv(6), {"groups": 6, "padding": 3}),
                             (convnext.DepthwiseConv(6, 5), {"groups": 6, "padding": 2})):
         plain = nn.Conv2d(6, 6, layer.kernel_size, **settings | told).double()
         plain.load_state_dict(layer.double().state_dict())
-        told_before, told_after = copy.deepcopy(layer), speed_up(layer)
-        for changed in (told_before, told_after):
-            for name, value in told.items():
-                setattr(changed, name, value)
-        for changed in (speed_up(told_before), told_after):
-            for size in ((2, 6, 13, 17), (1, 6, 9, 12)):
-                x = torch.randn(size, dtype=torch.double, requires_grad=True)
-                y = changed(x)
-                direction = torch.randn_like(y)
-                slow = told or "Fast" not in type(layer).__name__
-                assert ("Convolution" in y.grad_fn.name()) == bool(slow)
-                torch.testing.assert_close(y, plain(x))
-                torch.testing.assert_close(*(
-                    torch.autograd.grad(network(x), (x, *network.parameters()), direction)
-                    for network in (changed, plain)))
-                with torch.no_grad():
-                    torch.testing.assert_close(changed(x), y)
+        for name, value in told.items():
+            setattr(layer, name, value)
+        is_fast = speed_up is convnext.speed_up and not told
+        changed = speed_up(layer)
+        for size in ((2, 6, 13, 17), (1, 6, 9, 12)):
+            x = torch.randn(size, dtype=torch.double, requires_grad=True)
+            y = changed(x)
+            direction = torch.randn_like(y)
+            assert ("DepthwiseGradient" in y.grad_fn.name()) == is_fast
+            torch.testing.assert_close(y, plain(x))
+            torch.testing.assert_close(*(
+                torch.autograd.grad(network(x), (x, *network.parameters()), direction)
+                for network in (changed, plain)))
+            with torch.no_grad():
+                torch.testing.assert_close(changed(x), y)
 
 
-@pytest.mark.parametrize("when", ["before speed_up", "after it"])
-def test_training_is_evaluation_whatever_is_edited(speed_up, when, monkeypatch):
+def test_speed_up_draws_no_random_numbers_and_leaves_layers_with_a_stride():
+    network = convnext.roadmap_network(convnext.DESIGNS["GELU"]._replace(width=8), 10)
+    before = torch.get_rng_state()
+    convnext.speed_up(network)
+    assert torch.equal(torch.get_rng_state(), before)
+    layers = [m for m in network.modules() if isinstance(m, convnext.DepthwiseConv)]
+    kinds = [type(layer) for layer in layers if layer.stride == (2, 2)]
+    assert kinds == [convnext.DepthwiseConv] * 3
+    assert sum(type(layer) is convnext.FastDepthwiseConv for layer in layers) == 15
+
+
+def test_training_is_evaluation_whatever_is_edited(speed_up, monkeypatch):
     model, x = four_blocks(), torch.randn(2, 3, 64, 64)
     usual = logits_of(model, x)
 
@@ -811,10 +895,9 @@ def test_training_is_evaluation_whatever_is_edited(speed_up, when, monkeypatch):
                                     (convnext.DepthwiseConv, "forward", doubled),
                                     (convnext.DepthwiseConv, "_conv_forward", padded)):
         with monkeypatch.context() as patch:
-            changed = copy.deepcopy(model) if when == "before speed_up" else speed_up(
-                copy.deepcopy(model))
             patch.setattr(edited, method, forward)
-            logits = speed_up(changed).train()(x)
+            changed = speed_up(copy.deepcopy(model))
+            logits = changed.train()(x)
             assert (
                 logits.requires_grad and (logits - usual).abs().max() > 0.1 * usual.std()
             )
@@ -1038,6 +1121,18 @@ WITHOUT = object()
             {"stem.0.bias": torch.zeros(40, dtype=torch.int8)},
             "stem.0.bias has the type torch.int8",
         ),
+        (
+            {"stem.0.bias": torch.zeros(40, dtype=torch.float8_e4m3fn)},
+            "stem.0.bias has the type torch.float8_e4m3fn, not float16",
+        ),
+        (
+            {"stages.0.blocks.0.gamma": torch.ones(2, 20)},
+            r"0.0.layer_scale.gamma is \(2, 20\) in the weights, \(40,\) in the model",
+        ),
+        (
+            {"_orig_mod.stem.0.bias": torch.ones(40)},
+            "layers.0.0.bias is there twice, under different names",
+        ),
         ("femto", r"layers.0.1.weight is \(48,\) .* more$"),
         ("v2_atto", "gamma .*missing .*; and 33 more$"),
     ],
@@ -1079,6 +1174,11 @@ def test_odd_shapes_are_refused(name, tensor):
     exported = export_state_dict(create_convnext("atto", num_classes=5), "timm")
     with pytest.raises(ValueError, match="do not fit the model|four axes"):
         from_checkpoint(exported | {name: tensor})
+
+
+def test_a_model_on_the_meta_device_cannot_hold_weights():
+    with pytest.raises(ValueError, match="layers.0.0.weight is on the meta device in the model"):
+        load_weights(meta("atto"), create_convnext("atto").state_dict())
 
 
 def test_a_model_is_no_source_and_keras_no_layout():
@@ -1301,7 +1401,7 @@ def test_several_networks_are_refused():
     with pytest.raises(
         ValueError, match="average may be state_dict .* or ema_state_dict"
     ):
-        from_checkpoint({"state_dict": state, "ema_state_dict": state})
+        from_checkpoint({"state_dict": state, "ema_state_dict": state, "meta": 5})
 
 
 def small_config(kind, **options):
@@ -1501,6 +1601,11 @@ def test_timms_network_with_another_epsilon_is_refused(monkeypatch):
         ValueError, match="test_convnext is another network: .* ε = 1e-05"
     ):
         from_checkpoint("timm:test_convnext")
+    monkeypatch.setattr(
+        "timm.create_model", lambda name, pretrained, make=timm.models.create_model: make(
+            name, act_layer="gelu_tanh"))
+    with pytest.raises(ValueError, match="atto is another network: .* is gelutanh"):
+        from_checkpoint("timm:convnext_atto")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
@@ -1621,6 +1726,29 @@ def test_settings_that_cannot_be_used_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: Expecting"):
         from_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="cannot read .*config.json"):
+        from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    ({"architecture": "test_convnext2"}, "its norms have ε = 1e-05"),
+    ({"architecture": "convnext_atto", "model_args": {"act_layer": "silu"}},
+     "its activation is silu"),
+    ({"architecture": "convnext_atto"}, None),
+    ({"hidden_act": "gelu_new"}, "its activation is gelu_new"),
+    ({"layer_norm_eps": 1e-3}, "its norms have ε = 0.001"),
+    ({"layer_norm_eps": 1e-6}, None), ({"layer_norm_eps": 1e-12}, None)], ids=str)
+@pytest.mark.parametrize("name", ["model.safetensors", "renamed.pth"])
+def test_what_tensors_do_not_tell_is_read_beside_them(config, message, name, tmp_path):
+    """Another ε or activation, for timm's and transformers' folders, whatever the file's name."""
+    model = saved_atto(tmp_path / name)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if message is None:
+        assert torch.equal(from_checkpoint(tmp_path / name)(X), model(X))
+    else:
+        with pytest.raises(ValueError, match=f"is another network: {message}"):
+            from_checkpoint(tmp_path / name)
 
 
 @network
@@ -1667,7 +1795,7 @@ def small(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "draw_shapes", draw_fewer)
-    monkeypatch.setattr(train, "keep_memory", lambda: None)
+    monkeypatch.setattr(train, "tune_backends", lambda: None)
     for step, design in convnext.DESIGNS.items():
         monkeypatch.setitem(convnext.DESIGNS, step, design._replace(depths=(1, 1, 1, 1)))
     train.note.cache_clear()
@@ -1776,7 +1904,7 @@ def pretrained(small):
                  id="24 px do not fit"),
     pytest.param("--recipe fast --img-size 96", {"start_size": 0}, id="24 px are for 32"),
     pytest.param("--init-from first/last.pt --recipe finetune -b 256 --mixup 1 --lr 1e-3",
-                 {"min_lr": 5e-7, "mixup": 1, "lr": 1e-3}, id="typed over finetune"),
+                 {"min_lr": 2e-5, "mixup": 1, "lr": 1e-3}, id="typed over finetune"),
     pytest.param("--init-from first/weights.safetensors", {
         "depths": (1, 1), "dims": (8, 16), "layer_scale": 1e-6, "lr": 1e-3,
         "batch_size": 128},
@@ -1835,7 +1963,7 @@ def test_the_crop_of_weights_belongs_to_their_size(monkeypatch, use, line, img_s
     ({"lr": "x"}, "--lr must be a number in (0, inf), not 'x'"),
     ({"lr": math.nan}, "--lr must be a number in (0, inf), not nan"),
     ({"tta": 1}, "--tta must be"), ({"epochs": True}, "--epochs must be a whole number"),
-    ({"depths": [1, 2]}, "--depths and --dims must be equally many"),
+    ({"depths": [1, 2]}, "--depths and --dims must have one length"),
     ({"depths": [], "dims": []}, "--depths must be whole numbers in [1, inf), not []"),
     ({"variant": "teeny"}, "--variant must be one of"),
     ({"epochs": None}, "--epochs must be")],
@@ -3066,7 +3194,7 @@ def test_statistics_of_large_images_are_without_random_crops(small):
 
 def test_a_single_colour_does_not_divide_by_0():
     images = train.Images(torch.full((4, 3, 8, 8), 51, dtype=torch.uint8),
-                          torch.zeros(4).long(), [])
+                          torch.zeros(4).long(), ["a"])
     mean, std = train.channel_statistics(images, 0)
     torch.testing.assert_close(mean, torch.full((3,), 0.2))
     assert (std > 0).all() and std.isfinite().all()
@@ -3122,24 +3250,25 @@ def test_without_a_folder_train_every_fifth_image_of_a_class_is_a_test_image(sma
     assert [*map(str, tested.images)] == ["data/a/04.png", "data/a/09.png",
                                           "data/b/04.png", "data/c/04.png"]
     assert len(learned) == 18 and not {*learned.images} & {*tested.images}
-    assert "data has no folder train: every fifth image of" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "data has no folder train or test: every fifth image of each class" in said
 
 
 @pytest.mark.parametrize(("made", "message"), [
-    pytest.param([], "--data-dir data has no folder train or training", id="nothing"),
+    pytest.param([], "--data-dir data: there is no such folder", id="nothing"),
     pytest.param(["val/a/x.png", "val/b/x.png"], "has no folder train or training",
                  id="no train"),
     pytest.param(["train/a/x.png", "train/b/x.png"], "has no folder test or val",
                  id="no test"),
     pytest.param(["train/x.png", "val/x.png"], "data/train needs a folder per class",
                  id="flat"),
-    pytest.param(["train/a/x.png", "val/a/x.png"], "two or more classes, a",
-                 id="one class"),
+    pytest.param(["train/a/x.png", "val/a/x.png"],
+                 "has images of one class, a; two are needed", id="one class"),
     pytest.param(["train/a/x.png", "train/b/x.png", "test/1.png"],
                  "data/test needs a folder per class with images in it. --predict takes "
                  "pictures without classes", id="flat test"),
     pytest.param(["train/a/x.png", "train/b/x.png", "val/a/x.png", "val/c/x.png"],
-                 "data/val has images of a, c; expected are two or more classes, a, b",
+                 "data/val has images of c, which are no classes of the training images: a,",
                  id="another class")])
 def test_folders_that_do_not_fit(small, made, message):
     for path in made:
@@ -3208,16 +3337,17 @@ def test_nothing_in_a_folder_disappears_or_is_doubled(small, monkeypatch, capsys
         load(LARGE)
 
 
-@pytest.mark.parametrize(("size", "held_out"),
-                         [("8", 8), ("0.2", 8), ("0.01", 0), ("0", 0)])
+@pytest.mark.parametrize(("size", "held_out"), [("8", 8), ("0.19", 8), ("0", 0)])
 def test_held_out_images_are_of_each_class_equally_many(small, size, held_out):
     labels = torch.arange(40) % 4
-    images = train.Images(torch.arange(40).view(40, 1, 1, 1), labels, [*"abcd"])
+    numbered = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 3, 1, 1)
+    images = train.Images(numbered, labels, [*"abcd"])
     learned, val = train.hold_out(images, float(size))
     assert len(learned) == 40 - held_out
     if held_out:
         assert val.labels.bincount().tolist() == [2] * 4
-        assert sorted([*learned.images.flatten(), *val.images.flatten()]) == [*range(40)]
+        assert sorted([*learned.images[:, 0].flatten(),
+                       *val.images[:, 0].flatten()]) == [*range(40)]
         again = train.hold_out(images, float(size))[1]
         assert torch.equal(again.images, val.images)  # the same in each run
     else:
@@ -3230,7 +3360,8 @@ def test_held_out_images_are_of_each_class_equally_many(small, size, held_out):
     (55, "--val-size 55 leaves no training images of ")])
 def test_no_class_is_lost_by_holding_out(size, message):
     names = [str(i) for i in range(20)]
-    images = train.Images(torch.zeros(60, 3, 1, 1), torch.arange(60) % 20, names)
+    pixels = torch.zeros(60, 3, 1, 1, dtype=torch.uint8)
+    images = train.Images(pixels, torch.arange(60) % 20, names)
     learned, val = train.hold_out(images, 20)  # of three images of each class, one
     assert len({*learned.labels.tolist()}) == 20
     assert val.labels.bincount().tolist() == [1] * 20
@@ -3321,8 +3452,7 @@ def test_broken_exif_leaves_the_picture_as_it_is_stored(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_32_bit_pictures_are_refused_with_a_reason(tmp_path, dtype):
     PIL.Image.fromarray(GREY16.astype(dtype)).save(tmp_path / "deep.tif")
-    data = train.Images([str(tmp_path / "deep.tif")], torch.zeros(1).long(), [],
-                        lambda x: x)
+    data = train.Images([tmp_path / "deep.tif"], [0], ["a"], lambda picture: picture)
     assert "deep.tif (which of its 32-bit values is white is unknown" in str(data[[0]])
 
 
@@ -3393,11 +3523,12 @@ def shapes_as(kind, count, size=32):
 
 
 @pytest.mark.parametrize("kind", ["tensor", "arrays", "paths"])
-def test_images_from_python(small, kind):
+def test_images_from_python(small, capsys, kind):
     """Training, resuming and evaluation are the same as with the shapes themselves."""
     splits = shapes_as(kind, 64), shapes_as(kind, 16)
     line = f"{SMALLEST} -b 32 --epochs 1 --output "
     assert train.main(shlex.split(line + kind), splits) == 0
+    assert "64 training + 0 held-out + 16 test images" in capsys.readouterr().out
     assert train.main(["--resume", f"{kind}/last.pt"], splits) == 0
     assert train.main(shlex.split(f"--eval-only {kind}/last.pt --device cpu"),
                       splits) == 0
@@ -3411,7 +3542,7 @@ def test_images_from_python(small, kind):
 def test_images_from_python_of_another_size(small):
     splits = shapes_as("tensor", 64, 28), shapes_as("tensor", 16, 28)
     with pytest.raises(train.UserError,
-                       match="the images are 28 pixels wide: give --img-size 28"):
+                       match="the images have 28x28 pixels: make squares of them"):
         train.main(shlex.split(f"{SMALLEST} --output run"), splits)
 
 
@@ -3446,7 +3577,7 @@ def test_pictures_that_cannot_be_read(small, capsys, size):
     assert "0x" not in error  # no address of a buffer in memory
     assert outcome(f"{line} --skip-bad") == "0"
     said = capsys.readouterr().err
-    assert "note: 3 images cannot be read and are left out: " in said
+    assert "note: images that cannot be read are left out, 3: " in said
     assert "cut.png" in said
 
 
@@ -3965,7 +4096,7 @@ def test_a_backbone_cannot_predict(small):
      "--batch-size must be a whole number in [1, 1000000]"),
     ("--mixup 1e-46", "--mixup must be 0 or at least 0.001"),
     ("--workers 99999", "--workers must be a whole number in [0, 256]"),
-    ("--depths 1 2 --dims 8", "--depths and --dims must be equally many"),
+    ("--depths 1 2 --dims 8", "--depths and --dims must have one length"),
     ("--depths 1 0 --dims 8 8", "--depths must be whole numbers in [1, inf)"),
     ('--road nowhere', "invalid choice: 'nowhere'")], ids=lambda value: str(value)[:40])
 def test_wrong_values_are_refused_with_the_range(capsys, line, message):
@@ -4105,7 +4236,7 @@ def test_python_blocks_of_the_how_to_run(small, capsys):
                 torch.from_numpy(done[name]), expected, atol=tolerance, rtol=0)
 
 
-# --- Files, signals and machines: to be read by who changes what keeps a run safe -------
+# --- What follows is about files, signals and machines ----------------------------------
 
 
 @contextlib.contextmanager
@@ -4262,6 +4393,17 @@ def test_a_number_that_is_none_ends_the_run(small, monkeypatch, what):
                     ended)
     state = torch.load("run/last.pt")
     assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
+
+
+@posix
+def test_what_is_no_number_is_not_saved_by_a_signal_either(small, monkeypatch):
+    def poisoned(*_):
+        interrupt()
+        return torch.tensor(math.nan)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    assert outcome(f"{QUICK} --output run").startswith("UserError: by step 1, at lr ")
+    assert not Path("run/last.pt").exists()
 
 
 def test_within_50_steps_of_a_long_epoch(small, monkeypatch):
@@ -4431,13 +4573,33 @@ def test_streams_of_a_notebook(small, monkeypatch):
 
 
 def test_notebook(monkeypatch):
-    """Runs from a clean kernel, without CIFAR-10 too; redefines nothing; was committed as
-    run."""
-    notebook = nbformat.read(HERE / "walkthrough.ipynb", as_version=4)
+    """Runs from a clean kernel without CIFAR-10, with a short training; solutions are
+    right."""
+    path = HERE / "walkthrough.ipynb"
+    notebook = nbformat.read(path, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for cell in cells:
         assert cell.execution_count and all(o.output_type != "error" for o
                                             in cell.outputs)
-    assert (HERE / "walkthrough.ipynb").stat().st_size < 1.5e6
+        whole_network = "def my_convnext(" in cell.source
+        assert len(cell.source.splitlines()) <= (60 if whole_network else 30), cell.source
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    # a heading begins its cell
+    assert not any(re.search(r"\n#{1,2} ", text) for text in texts)
+    assert len(notebook.cells) <= 110 and len(" ".join(texts).split()) <= 7500
+    assert path.stat().st_size < 1.6e6
+    solved = 0
+    for before, cell in itertools.pairwise(notebook.cells):
+        solution = re.search(r"<summary>Solutions?</summary>\s+```python([^`]*)```",
+                             before.source)
+        if solution:
+            checks = [f"assert {call}" for call
+                      in re.findall(r"(?m:^check\(\w+\))", cell.source)]
+            cell.source += solution[1] + "\n".join(checks)
+            solved += len(checks)
+    assert solved == 13
+    training, = [cell for cell in cells if "SIZE, STEPS = 24, 250" in cell.source]
+    training.source = training.source.replace("24, 250", "24, 3")
     monkeypatch.delenv("CIFAR10_FOLDER", raising=False)
-    NotebookClient(notebook, timeout=90, resources={"metadata": {"path": HERE}}).execute()
+    NotebookClient(notebook, timeout=300,
+                   resources={"metadata": {"path": HERE}}).execute()

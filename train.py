@@ -12,9 +12,10 @@
 default recipe is the one of its table 5, adapted to a hundred epochs of 32x32 images;
 assets/results.md lists the differences, and the measurements behind them.
 
-This file can be read in the order in which it runs. A function stands above those that it calls:
-the settings (1), the run (2), one step (3), evaluation (4), the optimizers (5), the network (6),
-augmentation (7), data (8), checkpoints (9), prediction (10) and the command line (11).
+After the settings (1), this file is in the order of a run, from `main` on, and a function stands
+above those that it calls: the run (2), one step (3), evaluation (4), optimizers (5), network (6),
+augmentation (7) and data (8). What deals with files and with the command line stands last:
+checkpoints (9), prediction (10) and the command line (11). You can skip these at first.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -90,8 +92,10 @@ class Recipe:
     predict: str | None = setting(None, "with --eval-only: a picture, or a folder of pictures")
     output: str | None = setting(None, "folder of the run, or with --predict a .csv file. "
                                  "Default: runs/<time>-<network>")
-    dataset: str = setting("cifar10", "images to train on", (
-        "cifar10", "cifar100", "food101", "imagenet", "folder", "synthetic"), group="data")
+    dataset: str = setting(
+        "cifar10", "images to train on; python: those that train.main is given",
+        ("cifar10", "cifar100", "food101", "imagenet", "folder", "synthetic", "python"),
+        group="data")
     data_dir: str = setting("data", "folder of the data set; --dataset folder: with train/ and "
                             "test/ or val/, each with a folder per class, or with the classes")
     img_size: int = setting(32, "image size in pixels; with --init-from, the weights' own",
@@ -124,8 +128,9 @@ class Recipe:
     dims: tuple[int, ...] | None = setting(
         None, "with --depths: channels in each stage", "[1, inf)")
     grn: bool = setting(False, "with --depths: the block of ConvNeXt V2")
-    road: str | None = setting(None, "network by the step from ResNet-50 to ConvNeXt that it "
-                               "follows, or one with attention", tuple(convnext.DESIGNS))
+    road: str | None = setting(None, "network between ResNet-50 and ConvNeXt, by the step after "
+                               "which it stands (python convnext.py --road), or with attention",
+                               tuple(convnext.DESIGNS))
     width: int = setting(0, "with --road: channels in stage 1; 0: as in the paper", "[0, inf)")
     # The paper has patches of 4x4 pixels, LayerScale 1e-6 and initial weights of standard
     # deviation 0.02. On 32x32 images the values below learn faster; assets/results.md has figures.
@@ -163,7 +168,7 @@ class Recipe:
     amp: str = setting("auto", "mixed precision; auto: bf16 where the hardware has it",
                        ("auto", "bf16", "fp16", "off"), group="run")
     compile: bool = setting(False, "use torch.compile")
-    device: str = setting("auto", "cuda, mps or cpu")
+    device: str = setting("auto", "cuda, cuda:1, mps or cpu")
     seed: int = setting(0, "seed of all random numbers", "[0, 4294967295]")
     eval_every: int = setting(1, "epochs from one evaluation to the next", "[1, inf)")
     tta: bool = setting(False, "also report the mean over each image and its mirror image")
@@ -201,14 +206,19 @@ FAST = {
     "schedule": "linear", "min_lr": 0.0, "batch_size": 256, "epochs": 40, "ema_horizon": 0.0,
     "rand_augment": 5.0, "mix_prob": 0.0, "start_size": 24, "tta": True}
 
-def finetune(recipe: Recipe) -> dict[str, Any]:
+def fast(network: Recipe) -> dict[str, Any]:
+    """FAST. Its 24 pixels in the first half are for images of 32, and a total stride of 8."""
+    fits = network.img_size == 32 and FAST["start_size"] % network.stride == 0
+    return FAST if fits else FAST | {"start_size": 0}
+
+def finetune(network: Recipe) -> dict[str, Any]:
     """The settings of the paper's fine-tuning from ImageNet-22K to ImageNet-1K (table 6). V2 gets
     those of V1. `fit_to_data` changes some of them for small data sets."""
-    size = network_name(recipe).removeprefix("ConvNeXt-").removeprefix("v2_")
-    scale = recipe.batch_size / 512  # the paper's batch size
+    size = network_name(network).removeprefix("ConvNeXt-").removeprefix("v2_")
+    scale = network.batch_size / 512  # the paper's batch size
     drop_path = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.4}  # huge: ours
     return {
-        "epochs": 30, "lr": 5e-5 * scale, "min_lr": 1e-6 * scale, "warmup_epochs": 0.0,
+        "epochs": 30, "lr": 5e-5 * scale, "min_lr": 5e-5 * scale / 50, "warmup_epochs": 0.0,
         "weight_decay": 1e-8, "layer_decay": 0.8, "rand_augment": 9.0, "mixup": 0.0, "cutmix": 0.0,
         "random_erase": 0.25, "label_smoothing": 0.1, "clip_grad": 0.0, "head_init_scale": 0.001,
         "drop_path": drop_path.get(size, 0.0),
@@ -222,11 +232,14 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
     """Do what the command line says, and return the exit code.
     splits: training and test images to use in place of --dataset. Raises UserError."""
     typed = parse(argv)
+    tune_backends()
     with contextlib.ExitStack() as locks:
         if "resume" in typed:  # nobody else may write to the run while it is read
+            if Path(typed["resume"]).is_dir():
+                raise UserError(f"--resume takes a file: give {typed['resume']}/last.pt")
             locks.enter_context(lock(Path(typed["resume"]).parent))
-        origin = typed.get("resume") or typed.get("eval_only") or typed.get("init_from")
-        source = open_source(origin) if origin else None
+        address = typed.get("resume") or typed.get("eval_only") or typed.get("init_from")
+        source = open_source(file_in(address)) if address else None
         recipe = combine(typed, source)
         if recipe.predict:
             print_predictions(source, recipe)
@@ -240,7 +253,8 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
             if Path(recipe.output, "last.pt").exists():
                 raise UserError(f"{recipe.output} holds a run: give --resume "
                                 f"{recipe.output}/last.pt, or another --output")
-        keep_memory()
+        if splits:
+            recipe = replace(recipe, dataset="python")
         check_early(recipe)
         data = prepare_data(recipe, source, splits)
         recipe = fit_to_data(recipe, len(data.train), typed)
@@ -249,9 +263,9 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
         describe(run)
         with explained_errors(run):
             train(run)
-        if run.stopped_by:
+        if run.stopped_by and (run.step < run.total or run.to_measure):
             last = run.folder / "last.pt"
-            say(f"stopped; to go on: python train.py --resume {last}", sys.stderr)
+            say(f"stopped; to go on: python train.py --resume {shlex.quote(str(last))}", sys.stderr)
             return 128 + run.stopped_by
         report_run(run)
     return 0
@@ -269,7 +283,7 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler  # does nothing unless the precision is float16
     teacher: Teacher | None
-    origin: str  # where the initial weights come from
+    init_note: str  # where the initial weights come from
     macs: int  # multiply-accumulates for one image
     epoch_steps: int
     total: int  # steps
@@ -303,11 +317,11 @@ def prepare_run(recipe: Recipe, data: Data, source: Source | None) -> Run:
     model = model.to(memory_format=torch.channels_last)
     if recipe.init == "fan-in" and not recipe.road:
         fan_in_init(model)
-    origin = "pytorch" if recipe.road else recipe.init
+    init_note = "pytorch" if recipe.road else recipe.init
     if recipe.init_from and recipe.resume:
-        origin = f"from {recipe.init_from}"
-    elif recipe.init_from and source:
-        origin = load_initial(model, source, classes, recipe)
+        init_note = f"from {recipe.init_from}"
+    elif recipe.init_from:
+        init_note = load_initial(model, source, classes, recipe)
     if recipe.freeze_backbone:
         freeze_all_but_classifier(model)
     macs = convnext.count_macs(model, recipe.img_size)
@@ -323,7 +337,7 @@ def prepare_run(recipe: Recipe, data: Data, source: Source | None) -> Run:
         # The gradients' range is too small for float16 alone: they are scaled up, and back down.
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         teacher=load_teacher(recipe, data, device) if recipe.teacher else None,
-        origin=origin, macs=macs, epoch_steps=epoch_steps, total=total)
+        init_note=init_note, macs=macs, epoch_steps=epoch_steps, total=total)
     if recipe.resume:
         load_state(run, source.state)
     if recipe.compile:
@@ -342,11 +356,12 @@ def describe(run: Run) -> None:
     names = " and ".join(type(optimizer).__name__ for optimizer in reversed(run.optimizers))
     say(f"model   {network_name(r)}, patch size {r.patch_size}: {parameters:,} parameters, "
         f"{run.macs / 1e9:.3f} GMACs at {r.img_size}x{r.img_size}\n"
-        f"init    {run.origin}\n"
+        f"init    {run.init_note}\n"
         f"data    {r.dataset}: {len(data.train):,} training + {len(data.val or []):,} held-out + "
         f"{len(data.test):,} test images, {len(data.classes)} classes ({shorten(data.classes)})\n"
         f"device  {run.device}, {str(run.precision)[6:]}, torch {torch.__version__}\n"
-        f"steps   {r.epochs} epochs x {run.epoch_steps} of {r.batch_size} images, {names}, "
+        f"steps   {r.epochs} epochs x {run.epoch_steps} of {min(r.batch_size, len(data.train))} "
+        f"images, {names}, "
         f"{rates}, weight decay {r.weight_decay:g}, seed {r.seed}\n"
         f"run     {run.folder}")
     if r.recipe != "scratch":
@@ -354,7 +369,8 @@ def describe(run: Run) -> None:
                   if name != "recipe" and value != FIELDS[name].default and value is not None]
         say(f"recipe  {r.recipe}: {' '.join(chosen)}")
 
-CHECK_STEPS, CHECK_SECONDS = 50, 30  # each check makes the CPU wait for a GPU
+# After so many steps or seconds the loss is looked at, which makes the CPU wait for a GPU.
+CHECK_STEPS, CHECK_SECONDS = 50, 30
 
 def train(run: Run) -> None:
     """Train from where the run stands to its last step, or to a signal."""
@@ -402,7 +418,8 @@ def train(run: Run) -> None:
             if run.stopped_by:
                 break
             ended = time.perf_counter()
-        save(run)
+        if run.step % run.epoch_steps:  # else it is saved
+            save(run)
 
 def end_epoch(run: Run) -> None:
     """Save the epoch, then measure: whatever happens in an evaluation, the epoch is not lost."""
@@ -467,8 +484,8 @@ def train_step(
     for images, labels in parts:
         with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
             logits = model(images)
-            advice = teacher(images).float() if teacher else None
-        loss = training_loss(recipe, logits.float(), labels, advice)
+            teacher_logits = teacher(images).float() if teacher else None
+        loss = training_loss(recipe, logits.float(), labels, teacher_logits)
         loss = loss * (len(images) / len(x))
         scaler.scale(loss).backward()
         total += loss.detach()
@@ -522,8 +539,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], mean: T
             if tta:
                 logits = (logits + model(x.flip(3)).float()) / 2
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        best = logits.topk(min(5, logits.shape[1])).indices  # (b, 5)
-        hits = best == rearrange(labels, "b -> b 1")
+        top = logits.topk(min(5, logits.shape[1])).indices  # (b, 5)
+        hits = top == rearrange(labels, "b -> b 1")
         sums += torch.stack([loss, 100 * hits[:, 0].sum(), 100 * hits.sum()])
         count += len(labels)
     loss, top1, top5 = (sums / max(1, count)).tolist()
@@ -572,7 +589,6 @@ def report(name: str, model: nn.Module, images: Images, mean: Tensor, std: Tenso
         mirror = " with mirror images" if tta else ""
         say(f"{name}{mirror}: test loss {scores['loss']:.4f}  top-1 {scores['top1']:.2f} %{top5}  "
             f"of {len(images):,} images of {recipe.img_size} px")
-
 
 
 # --- 5. The optimizers --------------------------------------------------------------------------
@@ -802,7 +818,7 @@ class Teacher(nn.Module):
         return self.model(x * self.scale + self.shift)
 
 def load_teacher(recipe: Recipe, data: Data, device: torch.device) -> Teacher:
-    source = open_source(recipe.teacher)
+    source = open_source(file_in(recipe.teacher))
     check_classes(source, data.classes)
     stride = Recipe(**source.network).stride
     if (recipe.start_size or recipe.img_size) < stride:
@@ -992,7 +1008,7 @@ SMALL = 64  # images of up to this size are read once and kept in memory
 class Data(NamedTuple):
     train: Images
     val: Images | None  # held out of the training images and not augmented; best.pt is best on them
-    test: Images  # measured at the end; nothing is chosen by it
+    test: Images  # measured at the end, and without `val` after each epoch; it chooses nothing
     classes: list[str]
     mean: Tensor  # (3,), of pixels from 0 to 1
     std: Tensor
@@ -1004,8 +1020,10 @@ def prepare_data(recipe: Recipe, source: Source | None = None,
     """Load all images. Their mean and standard deviation are the source's, if there is one."""
     train = splits[0] if splits else load_split(recipe, train=True)
     test = splits[1] if splits else load_split(recipe, train=False, classes=train.classes)
+    if test.classes != train.classes:
+        raise UserError("the training and the test images have other classes, or another order")
     every = prepare_images(train, recipe)
-    listed = test
+    unread_test = test
     test = prepare_images(test, recipe)
     empty = {*range(len(train.classes))} - {*every.labels.tolist()}
     if empty:
@@ -1020,8 +1038,8 @@ def prepare_data(recipe: Recipe, source: Source | None = None,
     else:
         mean, std = channel_statistics(every, recipe.workers)
     # A large test image may turn out to be damaged late, and be left out when the run is resumed.
-    tested = fingerprint(listed if test.square else test, recipe)
-    return Data(train, val, test, every.classes, mean, std, fingerprint(every, recipe), tested)
+    test_print = fingerprint(unread_test if test.square else test, recipe)
+    return Data(train, val, test, every.classes, mean, std, fingerprint(every, recipe), test_print)
 
 @dataclass
 class Images(Dataset):
@@ -1035,6 +1053,21 @@ class Images(Dataset):
     labels: Tensor
     classes: list[str]
     square: Callable[[Image.Image], Image.Image] | None = None
+
+    def __post_init__(self) -> None:
+        self.labels = torch.as_tensor(self.labels).long()
+        if not isinstance(self.images, Tensor):
+            self.images = [str(x) if isinstance(x, os.PathLike) else x for x in self.images]
+        x = self.images
+        if isinstance(x, Tensor) and (x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3):
+            raise UserError("a tensor of images must have type uint8 and shape (n, 3, h, w), not "
+                            f"{x.dtype} and {tuple(x.shape)}")
+        if len(x) != len(self.labels):
+            raise UserError(f"there are {len(x)} images, but {len(self.labels)} labels")
+        numbers = {*self.labels.flatten().tolist()}
+        if self.labels.ndim != 1 or not numbers <= {*range(len(self.classes))}:
+            raise UserError(f"labels must be numbers from 0 to {len(self.classes) - 1}, of a class "
+                            "each")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -1057,7 +1090,7 @@ class Images(Dataset):
             name = item if isinstance(item, str) else f"number {number}"
             reason = re.sub(r" <.*>", "", first_line(error))  # the address of a buffer in memory
             raise UserError(f"cannot read the image {name} ({reason}); --skip-bad leaves such "
-                            "images out, also together with --resume") from error
+                            "images out. (With --resume, test images alone)") from error
 
     def subset(self, numbers: Sequence[int]) -> Images:
         if isinstance(self.images, Tensor):
@@ -1070,6 +1103,8 @@ def load_split(recipe: Recipe, train: bool, classes: list[str] | None = None) ->
     """The training or the test images, not read yet. classes: the classes in order, if known."""
     if recipe.dataset == "synthetic":
         return draw_shapes(5000 if train else 1000, recipe.img_size, seed=int(train))
+    if recipe.dataset == "python":
+        raise UserError("these images were handed in from Python: call train.main(..., splits=...)")
     if recipe.dataset == "folder":
         return load_folder(recipe, train, classes)
     return load_torchvision(recipe, train)
@@ -1081,6 +1116,8 @@ def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Image
     """The images in DIR/train, or in DIR/test or DIR/val. If DIR has neither, its sub-folders are
     the classes, and every fifth image of each is a test image."""
     root = Path(recipe.data_dir)
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: there is no such folder")
     present = [root / name for name in TRAIN_FOLDERS + TEST_FOLDERS if (root / name).is_dir()]
     names = TRAIN_FOLDERS if train else TEST_FOLDERS
     places = [place for place in present if place.name in names]
@@ -1089,12 +1126,16 @@ def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Image
         found = find_images(place)
         for other in places[1:]:
             note(f"{other} is not used, since there is {place}")
-    elif not present and root.is_dir():
+    elif not present:
         place = root
         found = {}
         for name, paths in find_images(root).items():
-            found[name] = [path for i, path in enumerate(paths) if (i % 5 == 4) != train]
-        note(f"{root} has no folder train: every fifth image of each class is a test image")
+            is_test = [i % 5 == 4 for i in range(len(paths))]
+            found[name] = [path for path, test in zip(paths, is_test, strict=True) if test != train]
+        note(f"{root} has no folder train or test: every fifth image of each class is a test image")
+        if not any(found.values()):
+            raise UserError(f"{root} needs five images of a class or more, to use every fifth for "
+                            "testing; or make folders train and test in it")
     else:
         raise UserError(f"--data-dir {root} has no folder {' or '.join(names)}")
     for name in [name for name in found if not found[name]]:
@@ -1105,9 +1146,11 @@ def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Image
                         + (". --predict takes pictures without classes" if not train else ""))
     classes = classes or list(found)
     unknown = [name for name in found if name not in classes]
-    if unknown or len(classes) < 2:
-        raise UserError(f"{place} has images of {shorten(list(found))}; expected are two or more "
-                        f"classes, {shorten(classes)}")
+    if unknown:
+        raise UserError(f"{place} has images of {shorten(unknown)}, which are no classes of the "
+                        f"training images: {shorten(classes)}")
+    if train and len(classes) < 2:
+        raise UserError(f"{place} has images of one class, {classes[0]}; two are needed")
     if missing := [name for name in classes if name not in found]:
         note(f"{place} has no images of {shorten(missing)}")
     paths, labels = [], []
@@ -1139,7 +1182,7 @@ def find_images(root: Path) -> dict[str, list[str]]:
         else:
             # The same name can be written in two ways in Unicode, say by macOS and by Linux.
             name = unicodedata.normalize("NFC", entry.name)
-            found[name] = pictures_below(entry.path, left_out)
+            found.setdefault(name, []).extend(pictures_below(entry.path, left_out))
     if left_out:
         counts = [f"{count} {what}" for what, count in left_out.most_common()]
         note(f"{root}: left out what is no image of a class: {shorten(counts, 9)}")
@@ -1227,8 +1270,9 @@ def prepare_images(images: Images, recipe: Recipe) -> Images:
     size = recipe.img_size
     if isinstance(images.images, Tensor):
         if images.images.shape[2:] != (size, size):
-            side = images.images.shape[-1]
-            raise UserError(f"the images are {side} pixels wide: give --img-size {side}")
+            height, width = images.images.shape[2:]
+            raise UserError(f"the images have {height}x{width} pixels: make squares of them, and "
+                            "give their side as --img-size")
         return images
     images = replace(images, square=evaluation_square(size, recipe.crop_pct))
     if recipe.skip_bad:
@@ -1258,7 +1302,7 @@ def without_bad(images: Images) -> Images:
         except UserError:
             bad.append(images.images[i])
     if bad:
-        note(f"{len(bad)} images cannot be read and are left out: {shorten(bad)}")
+        note(f"images that cannot be read are left out, {len(bad)}: {shorten(bad)}")
     if not good:
         raise UserError("no image can be read")
     return images.subset(good)
@@ -1299,18 +1343,20 @@ def to_8_bits(values: np.ndarray) -> Image.Image:
 def hold_out(images: Images, val_size: float) -> tuple[Images, Images | None]:
     """Split off val_size images, or below 1 that share, equally from all classes."""
     count = round(val_size * len(images)) if val_size < 1 else int(val_size)
+    if val_size and not count:
+        raise UserError(f"--val-size {val_size:g} of {len(images)} images is none")
     if not count:
         return images, None
     if count >= len(images):
         raise UserError(f"--val-size must be below the {len(images):,} training images")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    # Each image gets its place among those of its class, from 0 to 1. The first `count` are held
+    # Each image gets its rank among those of its class, from 0 to 1. The first `count` are held
     # out, which are equally many, as far as possible, from each class.
-    place = torch.zeros(len(images), dtype=torch.double)
+    rank = torch.zeros(len(images), dtype=torch.double)
     for label in range(len(images.classes)):
         members = order[images.labels[order] == label]
-        place[members] = (torch.arange(len(members)) + 0.5).double() / len(members)
-    order = order[place[order].argsort(stable=True)]
+        rank[members] = (torch.arange(len(members)) + 0.5).double() / len(members)
+    order = order[rank[order].argsort(stable=True)]
     val, train = images.subset(order[:count].tolist()), images.subset(order[count:].tolist())
     lost = {*images.labels.tolist()} - {*train.labels.tolist()}
     if lost:
@@ -1406,7 +1452,7 @@ class TrainingBatches(Dataset):
 def prepare_process(_worker: int) -> None:
     """Leave signals, which may reach all processes, to the main one."""
     for name in SIGNALS:
-        signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
+        signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)  # Windows lacks two
 
 def seed_for(seed: int, purpose: str, number: int) -> int:
     """A seed of its own for each purpose and step or epoch: a resumed run draws the same."""
@@ -1425,7 +1471,7 @@ class Source:
     network: dict[str, Any]  # the settings that describe the network
     num_classes: int
     tensors: Mapping[str, Tensor]  # averaged, where there is an average
-    weights: convnext.Weights | None  # the same, with their layout; None for the road
+    weights: convnext.Weights | None  # the same, as convnext.read_weights returns them
     expects: dict[str, Any]  # mean, std, img_size and perhaps crop_pct of its images
     classes: list[str] | None  # names, if they are known
     settings: dict[str, Any]  # of the run that made the file; {} for other programs' files
@@ -1433,7 +1479,7 @@ class Source:
 
 def open_source(name: str) -> Source:
     """Read weights of any layout. Raises UserError unless they are a ConvNeXt's or, from this
-    program, a network's of the road. Notes are trusted only in files with this program's mark."""
+    program, a network's of the road. What a file says of its run counts only if it is ours."""
     with one_line_errors(name):
         content, metadata, settings = convnext.read_source(name)
         saved = saved_by_us(content, metadata)
@@ -1459,6 +1505,14 @@ def open_source(name: str) -> Source:
     state = content if saved and "step" in saved else {}
     return Source(name, network, num_classes, tensors, weights, IMAGENET | expects,
                   known.get("classes"), args, state)
+
+def file_in(address: str) -> str:
+    """The weights in the folder of a run; any other address as it is."""
+    for name in ("weights.safetensors", "last.pt"):
+        path = Path(address, name)
+        if path.exists():
+            return str(path)
+    return address
 
 def saved_by_us(content: Mapping, metadata: Mapping[str, str]) -> Mapping[str, Any]:
     """What this program stored beside the weights; {} if the file is another program's."""
@@ -1491,6 +1545,8 @@ def load_network(source: Source) -> nn.Module:
 def check_classes(source: Source, classes: list[str]) -> None:
     """Refuse a classifier for other classes; say which are assumed if the source names none."""
     count = source.num_classes
+    if not count:
+        raise UserError(f"{source.name} has no classifier: train one with --init-from")
     if count != len(classes) or source.classes not in (None, classes):
         known = f"{shorten(source.classes)} ({count})" if source.classes else f"{count}, not named"
         raise UserError(f"{source.name} has other classes or another order: {known}; here: "
@@ -1510,8 +1566,8 @@ def natural_order(name: str) -> list:
     return [int(part) if part.isdecimal() else part for part in parts]
 
 def save(run: Run) -> None:
-    """Write last.pt and metrics.csv and, at the end, weights.safetensors before them: a run that is
-    killed in between writes all of them again."""
+    """Write last.pt and metrics.csv and, at the end, weights.safetensors. last.pt comes after the
+    weights, so a run that is killed in between writes both again."""
     check_finite(run)
     if run.step == run.total and not run.to_measure:
         save_weights(run)
@@ -1606,7 +1662,8 @@ def write_table(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_file(path, lambda temporary: temporary.write_text(table.getvalue(), "utf-8"))
+    text = table.getvalue()  # file names may hold bytes that are no characters
+    write_file(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
 
 @torch.no_grad()
 def check_finite(run: Run) -> float:
@@ -1624,7 +1681,11 @@ def check_finite(run: Run) -> float:
 def new_folder(recipe: Recipe) -> str:
     """--output, or a folder that no other run has, even if it starts in the same second."""
     if recipe.output:
-        Path(recipe.output).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(recipe.output).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {recipe.output} cannot be made a folder "
+                            f"({error.strerror})") from error
         return recipe.output
     name = time.strftime("runs/%Y%m%d-%H%M%S-") + network_name(recipe).replace(" ", "-")
     folder, number = Path(name), 1
@@ -1651,9 +1712,9 @@ def lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         guard.release()
-        if [path.name for path in folder.iterdir()] in ([], [".lock"]):
-            file.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # the present folder cannot be removed
+        with contextlib.suppress(OSError):  # the present folder cannot be removed
+            if [path.name for path in folder.iterdir()] in ([], [".lock"]):
+                file.unlink(missing_ok=True)
                 folder.rmdir()
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows lacks the last two
@@ -1661,7 +1722,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows lacks the last t
 @contextlib.contextmanager
 def catch_signals(run: Run) -> Iterator[None]:
     """Let a signal end the run after the present step. A second Ctrl-C acts at once.
-    SIGTERM and SIGUSR1 come from schedulers, SIGHUP from a closed terminal, all perhaps twice."""
+    SIGTERM and SIGUSR1 come from schedulers, SIGHUP from a closed terminal, and may come twice."""
     def receive(number: int, _frame: Any) -> None:
         run.stopped_by = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1693,19 +1754,23 @@ def predict(weights: str, pictures: str | Sequence[str], top: int = 5,
             device: str = "auto") -> list[tuple[str, list[tuple[str, float]]]]:
     """Say what is in pictures: for each, its path and the most likely classes with probabilities.
 
-        for path, classes in predict("runs/NAME/weights.safetensors", "cat.jpg"):
-            print(path, classes[0])                          # cat.jpg ("cat", 0.97)
+        for path, classes in predict("runs/NAME/weights.safetensors", "photo.jpg"):
+            print(path, classes[0])                          # photo.jpg ('cat', 0.97)
 
-    weights: whatever --eval-only takes. pictures: a path, a folder, or a list of paths.
+    weights: whatever --eval-only takes. pictures: a path, a folder, or a list of paths. top: how
+    many classes to name.
     """
-    source = open_source(weights)
-    recipe = combine({"eval_only": weights, "device": device}, source)
-    paths = find_pictures(pictures) if isinstance(pictures, str | os.PathLike) else list(pictures)
-    return list(predictions(source, recipe, paths, top))
+    source = open_source(file_in(str(weights)))
+    recipe = combine({"eval_only": str(weights), "device": device}, source)
+    if isinstance(pictures, str | os.PathLike):
+        pictures = find_pictures(str(pictures))
+    return list(predictions(source, recipe, [str(path) for path in pictures], top))
 
 def print_predictions(source: Source, recipe: Recipe) -> None:
     """Print the predictions for --predict's pictures, or write them to --output."""
     paths = find_pictures(recipe.predict)
+    if recipe.output and not Path(recipe.output).parent.is_dir():
+        raise UserError(f"--output: there is no folder {Path(recipe.output).parent}")
     rows = []
     for path, classes in predictions(source, recipe, paths):
         text = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in classes)
@@ -1765,7 +1830,7 @@ def true_class(path: str, root: str, names: list[str]) -> str:
 def class_names(source: Source) -> list[str]:
     """The source's class names. Published weights of 1,000 classes have ImageNet's."""
     if not source.num_classes:
-        raise UserError(f"{source.name} has no classifier: train one with --init-from")
+        check_classes(source, [])
     if source.classes:
         return source.classes
     if source.num_classes == 1000:
@@ -1776,8 +1841,11 @@ def class_names(source: Source) -> list[str]:
 
 # --- 11. Command line ---------------------------------------------------------------------------
 FIELDS = {field.name: field for field in fields(Recipe)}
-TYPES = {name: (*get_args(hint), hint)[0] if type(None) in get_args(hint) else hint
-         for name, hint in get_type_hints(Recipe).items()}  # without "| None"
+def without_none(hint: Any) -> Any:
+    """str | None -> str"""
+    return get_args(hint)[0] if type(None) in get_args(hint) else hint
+
+TYPES = {name: without_none(hint) for name, hint in get_type_hints(Recipe).items()}
 NUMBERS = tuple[int, ...]
 PATHS = {"resume", "eval_only", "init_from", "teacher", "predict", "output", "data_dir"}
 # The settings that may change when a run is resumed, and those that --eval-only takes.
@@ -1855,19 +1923,19 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
     if "eval_only" in typed:
         kept = ("dataset", "data_dir", "skip_bad", "amp")
         named = {key: value for key, value in source.settings.items() if key in kept}
-    elif typed.get("recipe") == "fast":
-        named = dict(FAST)
-    elif typed.get("recipe") == "finetune":
-        so_far = merge(weights, typed)
-        named = finetune(Recipe(**so_far))
+    else:
+        base = FAST if typed.get("recipe") == "fast" else {}
+        described = (*NETWORK, "patch_size", "img_size", "batch_size")
+        network = Recipe(**{key: value for key, value in merge(base, weights, typed).items()
+                            if key in described})
+        if typed.get("recipe") == "fast":
+            named = dict(fast(network))
+        elif typed.get("recipe") == "finetune":
+            named = finetune(network)
+            named["min_lr"] = typed.get("lr", named["lr"]) / 50
     if typed.get("freeze_backbone"):
-        named["drop_path"] = 0.0  # what does not learn needs no noise
-    settings = merge(weights, named, typed)
-    if "start_size" in named and "start_size" not in typed:  # 24 suits 32 pixels and a stride of 8
-        plain = Recipe(**settings | {"start_size": 0})
-        if plain.img_size != 32 or named["start_size"] % plain.stride:
-            settings["start_size"] = 0
-    recipe = Recipe(**settings)
+        named["drop_path"] = 0.0  # there is nothing to regularize
+    recipe = Recipe(**merge(weights, named, typed))
     refuse_idle(typed, recipe)
     return recipe
 
@@ -1889,7 +1957,8 @@ def fit_to_data(recipe: Recipe, images: int, typed: Mapping[str, Any]) -> Recipe
     batch_size = typed.get("batch_size", max(1, min(32, images // 4)))
     steps = max(1, images // batch_size)  # in an epoch
     epochs = typed.get("epochs", max(20, math.ceil(1000 / steps)))
-    chosen = {"batch_size": batch_size, "epochs": epochs, "lr": 3e-4, "min_lr": 6e-6,
+    lr = typed.get("lr", 3e-4)
+    chosen = {"batch_size": batch_size, "epochs": epochs, "lr": lr, "min_lr": lr / 50,
               "rand_augment": 0.0, "eval_every": max(1, epochs // 20)}
     chosen = {name: value for name, value in chosen.items() if name not in typed}
     return replace(recipe, **chosen)
@@ -1902,7 +1971,7 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
                and saved.get(name) != typed[name]]
     unused = [flag(name) for name in typed if name not in EVALUATION]
     resumes, evaluates, begins = (name in names for name in ("resume", "eval_only", "init_from"))
-    fast, tuned = (typed.get("recipe") == name for name in ("fast", "finetune"))
+    is_fast, finetunes = (typed.get("recipe") == name for name in ("fast", "finetune"))
     rules = (
         (resumes + evaluates + begins > 1,
          "only one of --resume, --eval-only and --init-from can be given"),
@@ -1914,15 +1983,19 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
         (evaluates and unused, f"--eval-only trains nothing: leave out {shorten(unused)}"),
         (evaluates and "output" in names and "predict" not in names,
          "--eval-only has an --output only with --predict"),
+        ("predict" in names and not typed.get("output", ".csv").endswith(".csv"),
+         f"--predict writes a .csv file, not --output {typed.get('output')}"),
         ("predict" in names and not evaluates, "--predict needs weights: --eval-only WEIGHTS"),
+        ("predict" in names and names & {"tta", "amp", "dataset", "data_dir"},
+         "--predict has no --tta, --amp, --dataset or --data-dir"),
         (len(names & {"variant", "depths", "road"}) > 1,
          "only one of --variant, --depths and --road can be given"),
         (("depths" in names) != ("dims" in names), "--depths and --dims belong together"),
-        (begins and (fast or typed.get("init") == "fan-in"),
+        (begins and (is_fast or typed.get("init") == "fan-in"),
          "--recipe fast and --init fan-in begin with new weights, without --init-from"),
-        (not (begins or resumes) and (tuned or typed.get("freeze_backbone")),
+        (not (begins or resumes) and (finetunes or typed.get("freeze_backbone")),
          "--recipe finetune and --freeze-backbone need weights: --init-from SOURCE"),
-        (tuned and typed.get("optimizer") == "muon" and "muon_lr" not in names,
+        (finetunes and typed.get("optimizer") == "muon" and "muon_lr" not in names,
          "--recipe finetune has no learning rate for Muon: give --muon-lr, too"))
     for is_wrong, text in rules:
         if is_wrong:
@@ -1961,12 +2034,12 @@ def check(r: Recipe) -> None:
             values = value if isinstance(value, list | tuple) else [value]
             fine = bool(values) and all(within(number, allowed) for number in values)
         if not fine:
-            kinds = {int: "a whole number in ", float: "a number in ", str: "one of ",
-                     NUMBERS: "whole numbers in "}
-            what = kinds.get(TYPES[name], "")
-            raise UserError(f"{flag(name)} must be {what}{allowed or 'a text'}, not {value!r}")
+            kinds = {int: "a whole number in ", float: "a number in ", NUMBERS: "whole numbers in ",
+                     str: "one of " if allowed else "a text"}
+            what = kinds.get(TYPES[name], "true or false")
+            raise UserError(f"{flag(name)} must be {what}{allowed}, not {value!r}")
     if r.depths and (not r.dims or len(r.depths) != len(r.dims)):
-        raise UserError(f"--depths and --dims must be equally many, not {r.depths} and {r.dims}")
+        raise UserError(f"--depths and --dims must have one length, not {r.depths} and {r.dims}")
     for name in ("mixup", "cutmix"):
         if 0 < getattr(r, name) < 1e-3:
             raise UserError(f"{flag(name)} must be 0 or at least 0.001, not {getattr(r, name)}")
@@ -2053,9 +2126,11 @@ def first_line(error: BaseException) -> str:
 def shorten(names: Sequence, most: int = 4) -> str:
     return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
-def keep_memory() -> None:
-    """Let the C library keep the memory that a step frees. Linux would hand it to the next step
-    anew, page by page and filled with zeros, which is a quarter of the time on a CPU."""
+def tune_backends() -> None:
+    """Settings of PyTorch and the C library that change nothing but the speed, or float32's last
+    bits on a GPU."""
+    # Linux would hand the memory that a step frees to the next one page by page and filled with
+    # zeros, which is a quarter of the time on a CPU. The C library shall keep it.
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-4, 0)  # M_MMAP_MAX
