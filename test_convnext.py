@@ -3357,6 +3357,7 @@ def test_held_out_images_are_of_each_class_equally_many(small, size, held_out):
 @pytest.mark.parametrize(("size", "message"), [
     (60, "must be below the 60 training images"),
     (5000, "must be below the 60 training images"),
+    (0.001, "--val-size 0.001 of 60 images is none"),
     (55, "--val-size 55 leaves no training images of ")])
 def test_no_class_is_lost_by_holding_out(size, message):
     names = [str(i) for i in range(20)]
