@@ -4,6 +4,26 @@ pytest test_convnext.py                       needs no network, no GPU and no da
 pytest test_convnext.py -m network            the published weights; downloads 460 MB
 pytest test_convnext.py -m slow               all variants in full; needs 6 GB of memory
 pytest test_convnext.py -k both_ways -rP      prints the largest difference of logits
+
+claim                                     checked against        test_...
+----------------------------------------  ---------------------  ------------------------
+the network computes what others compute  timm, torchvision,     the_same_function_both_ways
+                                          transformers
+its gradients are theirs                  timm, torchvision      same_gradients_as_timm_...
+its sizes and costs are published ones    the papers' tables     published_size_and_cost
+a step of the road is the paper's         table 10, torchvision  road_costs_what_the_paper_...
+the fast gradient is a gradient           gradcheck, PyTorch     depthwise_gradient_is_...
+a training step does what it should       PyTorch's optimizers   steps_are_pytorchs
+Muon is Muon, for filters too             torch.optim.Muon       muon_is_pytorchs
+the learning rate follows its schedule    PyTorch's schedulers   learning_rate_is_pytorchs
+augmentation draws what the paper means   timm, torchvision      rand_augment_..., random_erase_...
+accuracy is measured right                timm                   evaluation_is_timms
+the test images choose nothing            what evaluate is sent  held_out_images_choose_...
+a stopped run goes on to the same bits    an unbroken run        a_stopped_run_ends_with_...
+a run learns                              chance                 a_run_learns
+
+The order is that of convnext.py, then that of train.py. A line near the end says where the
+tests of files, signals and machines begin, which a reader can skip.
 """
 
 import argparse
