@@ -1096,6 +1096,8 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
     spellings = SPELLINGS
     if any(re.search(r"\d\.pointwise_conv1\.", name) for name, _ in values):
         spellings = SPELLINGS | OPENMMLAB_AND_DINOV3
+        if not any("model.stages." in name for name, _ in values):  # transformers before 5
+            spellings |= {r"\blayer_norm\.": "norm."}
     for old, new in spellings.items():
         values = [(re.sub(old, new, name), value) for name, value in values]
     layout, prefix = find_network([name for name, _ in values])

@@ -110,6 +110,9 @@ def load_pictures(folder: str | None, download: bool) -> tuple[Tensor, Tensor, b
     if folder:
         place = Path(folder, "val" if Path(folder, "val").is_dir() else "test")
         data = torchvision.datasets.ImageFolder(place)
+        if data.classes != list(CLASSES) or len(data) != 10_000:
+            raise ValueError(f"{place} is no copy of CIFAR-10's 10,000 test images in ten folders. "
+                             "Set FOLDER to None for drawings; chapter 10 takes your own picture")
         pairs = [data[i] for i in range(0, len(data), 4)]
         images = torch.stack([torch.from_numpy(np.array(image)) for image, _ in pairs])
         return rearrange(images, "n h w c -> n c h w"), torch.tensor([y for _, y in pairs]), True

@@ -62,9 +62,9 @@ def numbers(rows: list[dict], column: str) -> np.ndarray:
 def count_road() -> dict[str, float]:
     """The cost of the network after each step, in GMACs at 224x224 pixels."""
     costs = {}
-    for step, design in convnext.roadmap():
+    for step in convnext.ROADMAP:
         with torch.device("meta"):
-            network = convnext.roadmap_network(design)
+            network = convnext.roadmap_network(convnext.DESIGNS[step.name])
         costs[step.name] = convnext.count_macs(network, 224) / 1e9
     return costs
 
