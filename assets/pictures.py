@@ -159,8 +159,8 @@ def road() -> Figure:
     axis.set_axisbelow(True)
     last, first = means["separate downsampling", "new"], means["ResNet-50", "new"]
     figure.suptitle(f"On a small scale ConvNeXt ends {last - first:.0f} points above ResNet-50 "
-                    "with the same recipe.\nThe steps between them gain and lose other amounts than in "
-                    "the paper", x=0.01, ha="left", fontsize=11)
+                    "with the same recipe.\nThe steps between them gain and lose other amounts "
+                    "than in the paper", x=0.01, ha="left", fontsize=11)
     return figure
 
 def training() -> Figure:
