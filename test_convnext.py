@@ -3933,6 +3933,13 @@ def test_a_teacher_may_move_but_not_change(pretrained, change, result):
     assert outcome("--resume run/last.pt --teacher moved.safetensors").startswith(result)
 
 
+@pytest.mark.parametrize("use", [
+    "--eval-only first --device cpu", f"{QUICK} --init-from first --epochs 1 --output run",
+    f"{QUICK} --teacher first --epochs 1 --output run"])
+def test_the_folder_of_a_run_stands_for_its_weights(pretrained, use):
+    assert outcome(use) == "0"
+
+
 def test_a_locked_table_is_noted_and_written_later(small, monkeypatch, capsys):
     """As on Windows, while another program shows it: all other files are written."""
     move, refusals = os.replace, iter([True, True, False, False, False])

@@ -239,7 +239,7 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
                 raise UserError(f"--resume takes a file: give {typed['resume']}/last.pt")
             locks.enter_context(lock(Path(typed["resume"]).parent))
         address = typed.get("resume") or typed.get("eval_only") or typed.get("init_from")
-        source = open_source(file_in(address)) if address else None
+        source = open_source(address) if address else None
         recipe = combine(typed, source)
         if recipe.predict:
             print_predictions(source, recipe)
@@ -566,9 +566,10 @@ def report_source(source: Source, recipe: Recipe, splits: tuple | None = None) -
         test = splits[1]
     else:
         test = load_split(recipe, train=False)
-        if source.classes and {*source.classes} >= {*test.classes}:  # in the order of the weights
+        differ = source.classes not in (None, test.classes)
+        if differ and {*source.classes} >= {*test.classes}:  # in the order of the weights
             test = load_split(recipe, train=False, classes=source.classes)
-        elif source.classes and not source.settings:  # "tench" or "n01440764"
+        elif differ and not source.settings:  # "tench" or "n01440764"
             note(f"{source.name} names its classes in another way: {shorten(source.classes)}")
             source = replace(source, classes=None)
     test = prepare_images(test, recipe)
@@ -818,7 +819,7 @@ class Teacher(nn.Module):
         return self.model(x * self.scale + self.shift)
 
 def load_teacher(recipe: Recipe, data: Data, device: torch.device) -> Teacher:
-    source = open_source(file_in(recipe.teacher))
+    source = open_source(recipe.teacher)
     check_classes(source, data.classes)
     stride = Recipe(**source.network).stride
     if (recipe.start_size or recipe.img_size) < stride:
@@ -1480,6 +1481,7 @@ class Source:
 def open_source(name: str) -> Source:
     """Read weights of any layout. Raises UserError unless they are a ConvNeXt's or, from this
     program, a network's of the road. What a file says of its run counts only if it is ours."""
+    name = file_in(name)
     with one_line_errors(name):
         content, metadata, settings = convnext.read_source(name)
         saved = saved_by_us(content, metadata)
@@ -1760,7 +1762,7 @@ def predict(weights: str, pictures: str | Sequence[str], top: int = 5,
     weights: whatever --eval-only takes. pictures: a path, a folder, or a list of paths. top: how
     many classes to name.
     """
-    source = open_source(file_in(str(weights)))
+    source = open_source(str(weights))
     recipe = combine({"eval_only": str(weights), "device": device}, source)
     if isinstance(pictures, str | os.PathLike):
         pictures = find_pictures(str(pictures))
@@ -1771,12 +1773,13 @@ def print_predictions(source: Source, recipe: Recipe) -> None:
     paths = find_pictures(recipe.predict)
     if recipe.output and not Path(recipe.output).parent.is_dir():
         raise UserError(f"--output: there is no folder {Path(recipe.output).parent}")
+    names = class_names(source)
     rows = []
     for path, classes in predictions(source, recipe, paths):
         text = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in classes)
         if not recipe.output:
             say(f"{path}: {text}")
-        row = {"path": path, "true": true_class(path, recipe.predict, class_names(source))}
+        row = {"path": path, "true": true_class(path, recipe.predict, names)}
         for i, (name, probability) in enumerate(classes, 1):
             row |= {f"class_{i}": name, f"probability_{i}": f"{probability:.4f}"}
         rows.append(row)
