@@ -22,8 +22,9 @@ the test images choose nothing            what evaluate is sent  held_out_images
 a stopped run goes on to the same bits    an unbroken run        a_stopped_run_ends_with_...
 a run learns                              chance                 a_run_learns
 
-The order is that of convnext.py, then that of train.py. A line near the end says where the
-tests of files, signals and machines begin, which a reader can skip.
+First come the tests of what the network and its training compute, in the order of
+convnext.py and train.py. They end at the line "What follows is about files, signals and
+machines". A reader can skip the rest, which has the same order.
 """
 
 import argparse
@@ -93,9 +94,7 @@ from convnext import (
 HERE = Path(__file__).parent
 
 with warnings.catch_warnings():
-    warnings.simplefilter(
-        "ignore"
-    )  # a marker is declared in a configuration file or not at all
+    warnings.simplefilter("ignore")  # pytest wants markers declared in a file of its own
     network, slow = pytest.mark.network, pytest.mark.slow
 
 
@@ -153,7 +152,7 @@ def gradients(network, x):
     }
 
 
-# --- The architecture -------------------------------------------------------------------
+# --- The network ------------------------------------------------------------------------
 
 
 PARAMETERS = dict(zip(VARIANTS, (
@@ -274,6 +273,24 @@ def test_names_and_shapes_both_ways(variant, library):
     assert convnext.variant_of(depths, dims, grn) == variant
 
 
+@pytest.mark.parametrize("layout", convnext.LAYOUTS)
+@pytest.mark.parametrize(("depths", "dims", "options"), [
+    ((2, 4, 2), (96, 192, 384), {"num_classes": 10, "patch_size": 2}),
+    ((1, 1), (8, 16), {"grn": True, "layer_scale": 0.0, "num_classes": 21_841}),
+    ((1, 1, 1, 1, 1, 45), (8, 8, 16, 16, 24, 24), {"num_classes": 0, "in_channels": 1}),
+    ((3,), (24,), {"num_classes": 1, "patch_size": 1, "in_channels": 5})], ids=str)
+def test_from_checkpoint_infers_the_network(depths, dims, options, layout):
+    with torch.device("meta"):
+        model = convnext.ConvNeXt(depths, dims, **options)
+    if layout == "timm" or (layout == "torchvision" and "grn" in options):
+        pytest.skip("it has no such network")
+    weights = convnext.read_weights(export_state_dict(model, layout))
+    assert convnext.infer_architecture(weights) == {
+        "depths": depths, "dims": dims, "grn": False, "in_channels": 3, "patch_size": 4,
+        "num_classes": 1000, "layer_scale": 1e-6} | options
+    assert convnext.variant_of(depths, dims, "grn" in options) is None
+
+
 def sized_peer(library, depths, dims, v2, patch_size=4, num_classes=5):
     """The library's network of any size."""
     if library == "timm":
@@ -336,19 +353,6 @@ def test_v2_with_layer_scale_goes_to_timm_alone():
     torch.testing.assert_close(logits_of(network, x), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["timm", "torchvision", "huggingface", "meta"])
-@pytest.mark.parametrize("part", ["classifier", "downsampling"])
-def test_layers_that_a_library_lacks_are_not_exported(part, layout):
-    model = create_convnext("atto", num_classes=5)
-    if part == "classifier":
-        model.head.fc = nn.Sequential(nn.Dropout(), model.head.fc)
-    else:
-        model.downsample_layers[1].append(nn.BatchNorm2d(80))
-    name = "head.fc.1.weight" if part == "classifier" else "downsample_layers.1.2.weight"
-    with pytest.raises(ValueError, match=f"{name} has no name in the layout '{layout}'"):
-        export_state_dict(model, layout)
-
-
 @pytest.mark.parametrize("library", ["timm", "torchvision", "huggingface"])
 def test_without_layer_scale_is_written_with_ones(library):
     """train.py's networks have none, and the libraries' V1 always has it by default."""
@@ -375,6 +379,27 @@ def test_patches_of_2x2_pixels_go_to_transformers_and_to_torchvision_with_such_a
         network_with(export_state_dict(model, library), library, network)
         torch.testing.assert_close(logits_of(network, x), logits_of(model, x),
                                    atol=1e-5, rtol=1e-5)
+
+
+@network
+@pytest.mark.parametrize(("source", "expected"), [
+    ("timm:convnext_tiny.fb_in1k", [-0.0260, -0.4739, 0.1911]),
+    ("hf:facebook/convnext-tiny-224", [-0.0260, -0.4739, 0.1911]),
+    ("https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224_ema.pth",
+     [-0.0260, -0.4739, 0.1911]),
+    ("hf:facebook/convnextv2-tiny-1k-224", [0.9996, 0.1966, -0.4386])])
+def test_published_weights_on_two_cats(source, expected, request, tmp_path):
+    """The logits in transformers' tests and programs; resizing varies by 1e-3."""
+    if "network" not in request.config.getoption("-m"):
+        pytest.skip("needs a network: pytest -m network")
+    path, _ = urllib.request.urlretrieve(
+        "http://images.cocodataset.org/val2017/000000039769.jpg", tmp_path / "cats.jpg")
+    cut = timm.data.create_transform(224, crop_pct=0.875, interpolation="bicubic")
+    logits = logits_of(
+        from_checkpoint(source), cut(PIL.Image.open(path).convert("RGB"))[None]
+    )
+    assert logits.argmax() == 281  # tabby cat
+    torch.testing.assert_close(logits[0, :3], torch.tensor(expected), atol=3e-3, rtol=0)
 
 
 def test_same_gradients_as_timm_and_torchvision(speed_up):
@@ -529,109 +554,6 @@ def test_any_size_layout_and_type(size, channels, patch_size):
     ).abs().max() < 0.1 * expected.std() + 0.1
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 31, 64), (1, 4, 64, 64), (3, 64, 64)], ids=str)
-def test_bad_images_are_named(shape):
-    with pytest.raises(ValueError, match=r"\(b, 3, h, w\) with h and w 32 or more"):
-        create_convnext("atto")(torch.zeros(shape))
-
-
-@pytest.mark.parametrize(("depths", "dims", "options", "message"), [
-    ((1,), (8,), {"drop_path": 1.5}, "drop_path must be at least 0 and below 1, not 1.5"),
-    ((1, 1), (8, 8), {"drop_path": -0.1}, "at least 0 and below 1, not -0.1"),
-    ((1,), (8,), {"patch_size": 0}, "patch_size must be 1 or more"),
-    ((1, 2), (8,), {}, r"for each stage, not \(1, 2\) and \(8,\)"),
-    ((), (), {}, r"for each stage, not \(\) and \(\)"),
-    ((1, 0), (8, 8), {}, r"1 or more, for each stage, not \(1, 0\)")], ids=str)
-def test_bad_arguments_are_named(depths, dims, options, message):
-    with pytest.raises(ValueError, match=message):
-        convnext.ConvNeXt(depths, dims, **options)
-
-
-def test_an_unknown_variant_and_an_even_kernel_are_named():
-    with pytest.raises(
-        ValueError, match="'teeny'; choose one of atto, femto, pico, nano"
-    ):
-        create_convnext("teeny")
-    with pytest.raises(ValueError, match="kernel_size must be odd, not 4"):
-        convnext.DepthwiseConv(8, 4)
-
-
-class PatchesByLinear(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(48, 40)
-
-    def forward(self, x):
-        x = self.linear(rearrange(x, "b c (h p) (w q) -> b h w (c p q)", p=4, q=4))
-        return rearrange(x, "b h w c -> b c h w")
-
-
-@pytest.mark.parametrize("stem", [
-    PatchesByLinear(), nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 40, 1)),
-    nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 40, 3, 2, 1)),
-    nn.Sequential(nn.Conv2d(3, 40, 7, 2, 3), nn.MaxPool2d(3, 2, 1))],
-    ids=["linear", "unshuffle", "overlapping", "resnet"])
-@pytest.mark.parametrize("whole", [False, True], ids=["convolution", "whole stem"])
-def test_any_stem_can_take_the_place_of_patchify(stem, whole):
-    model = create_convnext("atto")
-    norm = model.downsample_layers[0][1]
-    if whole:
-        model.downsample_layers[0] = nn.Sequential(stem, norm)
-    else:
-        model.downsample_layers[0][0] = stem
-    x = torch.randn(1, 3, 32, 32)
-    first, *_, last = model.forward_pyramid(x)
-    torch.testing.assert_close(first, model.stages[0](norm(stem(x))))
-    assert last.shape == (1, 320, 1, 1)
-
-
-@pytest.mark.parametrize("how", ["stride", "layer"])
-def test_a_last_stage_at_full_resolution_takes_smaller_images(how):
-    """As for segmentation: the last downsampling layer keeps the resolution."""
-    model = create_convnext("atto")
-    layer = model.downsample_layers[3]
-    if how == "stride":
-        layer[1].stride = (1, 1)
-    else:
-        layer[1] = nn.Conv2d(160, 320, 3, padding=1)
-    size = 1 if how == "stride" else 2  # of the map: the 2x2 filter has no padding
-    assert model.forward_features(torch.randn(1, 3, 32, 32)).shape[2:] == (size, size)
-    if how == "layer":
-        assert model.forward_features(torch.randn(1, 3, 16, 16)).shape[2:] == (1, 1)
-
-
-def test_a_stem_that_is_no_sequence_runs():
-    model = create_convnext("atto")
-    model.downsample_layers[0] = PatchesByLinear()
-    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
-
-
-@pytest.mark.parametrize("first", [nn.Identity(), nn.Sequential()], ids=["identity", "empty"])
-def test_a_stem_without_layers_runs(first):
-    model = create_convnext("atto", num_classes=5)
-    model.downsample_layers[0] = first
-    x = torch.randn(1, 40, 8, 8)
-    torch.testing.assert_close(model.forward_pyramid(x)[0], model.stages[0](x))
-
-
-def test_the_example_at_the_top_names_what_exists():
-    example, _, _ = convnext.__doc__.partition("\n\nIt needs")
-    code = ast.parse(textwrap.dedent(example.partition("\n\n")[2]))
-    used = [node for node in ast.walk(code) if isinstance(node, ast.Attribute)]
-    found = [node.attr for node in used if getattr(node.value, "id", "") == "convnext"]
-    assert len(found) == 8 and all(hasattr(convnext, name) for name in found)
-    names = [node for node in ast.walk(code) if isinstance(node, ast.Name)]
-    assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
-    assert {node.id for node in names} - assigned == {"torch", "convnext"}
-
-
-def test_no_loop_leaves_variables_in_the_module():
-    left = [name for name, value in vars(convnext).items()
-            if name.islower() and not name.startswith("__")
-            and not callable(value) and not isinstance(value, type(os))]
-    assert not left
-
-
 @pytest.mark.parametrize("gamma", [None, 1e-6])
 def test_fold_layer_scale_keeps_the_function(gamma):
     model = randomise(create_convnext("atto", num_classes=10))
@@ -647,6 +569,9 @@ def test_fold_layer_scale_keeps_the_function(gamma):
     torch.testing.assert_close(logits_of(folded, x), expected, atol=1e-6, rtol=1e-5)
     if gamma:
         torch.testing.assert_close(folded.stages[0][0].mlp.pwconv2.weight, gamma * branch)
+
+
+# --- The road ---------------------------------------------------------------------------
 
 
 TOP1 = (78.82, 79.36, 79.51, 78.28, 80.50, 80.64, 79.92, 80.35, 80.57, 80.57, 80.47,
@@ -671,12 +596,6 @@ def test_road_costs_what_the_paper_prints():
             *step.name.split(), f"{top1:.2f}", f"{top1 - before:+.2f}", f"{printed:.2f}",
             f"{gflops:.2f}", *remarks]
         before = top1 if step.kept else before
-
-
-def test_the_command_prints_the_road():
-    run = subprocess.run([sys.executable, HERE / "convnext.py", "--road"], check=True,
-                         capture_output=True, text=True)
-    assert run.stdout.splitlines() == list(convnext.road_table())
 
 
 @pytest.mark.parametrize(
@@ -733,14 +652,6 @@ def test_depthwise_convolutions_of_the_road_have_the_width_and_a_bias():
     layers = [m for m in network.modules() if isinstance(m, convnext.DepthwiseConv)]
     assert len(layers) == 18 and all(layer.bias is not None for layer in layers)
     assert [layer.stride for layer in layers].count((2, 2)) == 3
-
-
-def test_roads_that_cannot_be_built_are_named():
-    with pytest.raises(ValueError, match="patch_size must be 1, 2 or 4, not 3"):
-        convnext.roadmap_network(convnext.DESIGNS["GELU"], patch_size=3)
-    for field in ("attention", "swin_block"):
-        with pytest.raises(ValueError, match="attention needs separate_downsampling"):
-            convnext.roadmap_network(convnext.DESIGNS["GELU"]._replace(**{field: True}))
 
 
 def test_road_leads_from_torchvisions_resnet_50_to_convnext_tiny():
@@ -846,7 +757,7 @@ def test_window_attention_is_torchvisions(shift):
                                    layer(x)[:, :, rows:, columns:])
 
 
-# --- Faster, and in every tool ----------------------------------------------------------
+# --- The fast depthwise convolution -----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -884,44 +795,6 @@ def test_layers_do_what_they_are_told(speed_up, told):
                 for network in (changed, plain)))
             with torch.no_grad():
                 torch.testing.assert_close(changed(x), y)
-
-
-def test_speed_up_draws_no_random_numbers_and_leaves_layers_with_a_stride():
-    network = convnext.roadmap_network(convnext.DESIGNS["GELU"]._replace(width=8), 10)
-    before = torch.get_rng_state()
-    convnext.speed_up(network)
-    assert torch.equal(torch.get_rng_state(), before)
-    layers = [m for m in network.modules() if isinstance(m, convnext.DepthwiseConv)]
-    kinds = [type(layer) for layer in layers if layer.stride == (2, 2)]
-    assert kinds == [convnext.DepthwiseConv] * 3
-    assert sum(type(layer) is convnext.FastDepthwiseConv for layer in layers) == 15
-
-
-def test_training_is_evaluation_whatever_is_edited(speed_up, monkeypatch):
-    model, x = four_blocks(), torch.randn(2, 3, 64, 64)
-    usual = logits_of(model, x)
-
-    def gated(mlp, x):
-        h = mlp.pwconv1(x)
-        return mlp.pwconv2(mlp.act(h) * h)
-
-    def doubled(layer, x):
-        return nn.Conv2d.forward(layer, 2 * x)
-
-    def padded(layer, x, weight, bias):
-        return F.conv2d(2 * x, weight, bias, padding=3, groups=len(weight))
-
-    for edited, method, forward in ((convnext.InvertedBottleneck, "forward", gated),
-                                    (convnext.DepthwiseConv, "forward", doubled),
-                                    (convnext.DepthwiseConv, "_conv_forward", padded)):
-        with monkeypatch.context() as patch:
-            patch.setattr(edited, method, forward)
-            changed = speed_up(copy.deepcopy(model))
-            logits = changed.train()(x)
-            assert (
-                logits.requires_grad and (logits - usual).abs().max() > 0.1 * usual.std()
-            )
-            torch.testing.assert_close(logits_of(changed, x), logits.detach())
 
 
 @pytest.mark.parametrize("size", [(1, 2, 1, 1, 7), (2, 3, 5, 4, 7), (3, 2, 2, 9, 3)])
@@ -977,6 +850,1424 @@ def test_gradients_with_compile_and_autocast(speed_up):
             assert gradient.dtype == torch.float32
             error = (gradient - expected[name]).norm() / expected[name].norm()
             assert error < tolerance, (name, error)
+
+
+# --- The recipe -------------------------------------------------------------------------
+# From here on: train.py, in its order. A test states what a run has to do, and does not
+# compare a run with itself. Nearly all take a network of two blocks.
+
+
+SMALLEST = "--depths 1 1 --dims 8 16 --patch-size 4 --device cpu --amp off -j 0"
+# 100 training images of 8 shapes: 3 steps an epoch
+QUICK = f"{SMALLEST} --dataset synthetic -b 32"
+PLAIN = "--crop-padding 0 --flip 0 --rand-augment 0 --random-erase 0 --mix-prob 0"
+FOLDER = f"{SMALLEST} --dataset folder -b 4 --epochs 1"  # 3 steps an epoch
+LARGE = f"{FOLDER} --img-size 72"  # these are read when they are needed
+posix = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """An empty folder, 100 training and 20 test images of shapes in place of 5,000 and
+    1,000, and one block per stage on the road. The machine's settings stay as they
+    were."""
+    draw = train.draw_shapes
+
+    def draw_fewer(count, size, seed):
+        return draw(count // 50, size, seed)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "draw_shapes", draw_fewer)
+    monkeypatch.setattr(train, "tune_backends", lambda: None)
+    for step, design in convnext.DESIGNS.items():
+        monkeypatch.setitem(convnext.DESIGNS, step, design._replace(depths=(1, 1, 1, 1)))
+    train.note.cache_clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several are slower with such small networks
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return request.param
+
+
+def settings(line):
+    """The recipe that a command line comes to."""
+    typed = train.parse(shlex.split(line))
+    origin = typed.get("resume") or typed.get("eval_only") or typed.get("init_from")
+    return train.combine(typed, train.open_source(origin) if origin else None)
+
+
+def prepared(line):
+    """The run that a command line begins, before its first step."""
+    recipe = settings(f"{line} --output run")
+    return train.prepare_run(recipe, train.prepare_data(recipe), None)
+
+
+def outcome(line):
+    """The exit code of a command line, or its error. Any other exception is a failure."""
+    try:
+        return str(train.main(shlex.split(line)))
+    except (train.UserError, SystemExit, KeyboardInterrupt) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def spy(monkeypatch, name, record):
+    """Pass the arguments of train's function to `record` before each call."""
+    function = getattr(train, name)
+
+    def recorded(*args, **more):
+        record(*args, **more)
+        return function(*args, **more)
+
+    monkeypatch.setattr(train, name, recorded)
+
+
+def scores_of(model, images, labels, mean, std):
+    """Loss and top-1 by PyTorch alone."""
+    x = T.Normalize(list(mean), list(std))(images / 255)
+    with torch.inference_mode():
+        logits = model.eval()(x)
+    top1 = 100 * (logits.argmax(1) == labels).float().mean()
+    return F.cross_entropy(logits, labels).item(), top1.item()
+
+
+def read_csv(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def pretrained(small):
+    """The weights of a short run with eight classes and statistics of its own."""
+    line = f"{QUICK} --epochs 1 --lr 0.002 --layer-scale 0.1 --output first"
+    assert outcome(line) == "0"
+    return "first/weights.safetensors"
+
+
+def make_folder(root, classes=("b cat", "a dog"), splits=("train", "val"), images=6):
+    """root/split/class/picture, of different sizes and kinds."""
+    generator = np.random.default_rng(0)
+    for split, (label, name) in itertools.product(splits, enumerate(classes)):
+        folder = Path(root, split, name)
+        folder.mkdir(parents=True)
+        for i, mode in enumerate(("RGB", "L", "P", "CMYK", "RGB", "RGBA")[:images]):
+            pixels = generator.integers(0, 100, (40 + 9 * i, 70 - 5 * i, 3)) + 100 * label
+            image = PIL.Image.fromarray(pixels.astype(np.uint8)).convert(mode)
+            image.save(folder / f"ünï {i}.{'jpg' if mode in ('L', 'CMYK') else 'png'}")
+    return Path(root)
+
+
+def load(line, train_split=True, classes=None):
+    return train.load_split(settings(line), train_split, classes)
+
+
+WITHOUT_AUGMENTATION = {"crop_padding": 0, "flip": 0, "rand_augment": 0,
+                        "random_erase": 0, "mix_prob": 0}
+
+
+@pytest.mark.parametrize(("variant", "drop_path", "ema_horizon"), [
+    ("tiny", 0, 0), ("small", 0.1, 0), ("base", 0.2, 0), ("v2_base", 0.2, 0),
+    ("large", 0.3, 0), ("xlarge", 0.4, 0.13), ("v2_huge", 0.4, 0)])
+def test_fine_tuning_by_size(variant, drop_path, ema_horizon):
+    table = train.finetune(train.Recipe(variant=variant, batch_size=512))
+    assert (table["drop_path"], table["ema_horizon"]) == (drop_path, ema_horizon)
+    assert (table["lr"], table["min_lr"]) == (5e-5, 1e-6)
+
+
+def test_images_are_small_for_a_share_of_the_epochs():
+    recipe = train.Recipe(start_size=16, epochs=10, start_share=0.3)
+    assert [recipe.size_at(epoch) for epoch in range(10)] == [16] * 3 + [32] * 7
+    assert train.Recipe().size_at(0) == 32
+
+
+# --- The run ----------------------------------------------------------------------------
+
+
+def received(monkeypatch, line):
+    """What train_step is given in each step of a run: images, targets and the random
+    seed."""
+    steps = []
+
+    def record(model, optimizers, x, targets, *_):
+        content = x.numpy().tobytes() + targets.numpy().tobytes()
+        steps.append((content, torch.initial_seed()))
+
+    with monkeypatch.context() as patch:
+        spy(patch, "train_step", record)
+        assert outcome(f"{line} --epochs 3 --output received") == "0"
+    shutil.rmtree("received")
+    return steps
+
+
+def test_random_numbers_follow_from_seed_and_step(small, monkeypatch):
+    """Images, augmentation and stochastic depth differ in each step, and with each
+    seed."""
+    steps = received(monkeypatch, f"{QUICK} --seed 1")
+    assert steps == received(monkeypatch, f"{QUICK} --seed 1")
+    others = received(monkeypatch, f"{QUICK} --seed 2")
+    contents, seeds = zip(*steps + others)
+    assert len(set(contents)) == len(set(seeds)) == 18
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_number_of_workers_changes_no_bit(small, monkeypatch, workers):
+    assert (received(monkeypatch, f"{QUICK} -j {workers}")
+            == received(monkeypatch, QUICK))
+
+
+def test_the_same_images_are_augmented_by_seed_and_step(small):
+    recipe = settings(f"{QUICK} --mix-prob 0")
+    data, numbers = train.prepare_data(recipe), [*range(8)]
+    batches = [train.TrainingBatches(data, dataclasses.replace(recipe, seed=seed),
+        epoch_steps=3)[
+        step, numbers][0] for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert torch.equal(batches[0], batches[1])
+    for one, other in itertools.combinations(batches[1:], 2):
+        assert not any(map(torch.equal, one, other))
+
+
+def test_initial_weights_follow_from_the_seed(small):
+    models = [prepared(f"{QUICK} --seed {seed}").model.state_dict() for seed in (0, 0, 1)]
+    name = "stages.0.0.dwconv.weight"
+    assert torch.equal(models[0][name], models[1][name])
+    assert not torch.equal(models[0][name], models[2][name])
+
+
+def test_without_augmentation_the_network_sees_every_training_image_once(small,
+                                                                         monkeypatch):
+    """Normalized with the training images' statistics, and with its own label."""
+    seen = []
+    spy(monkeypatch, "train_step", lambda model, optimizers, x, targets, *_: seen.append(
+        (x.clone(), targets.clone())))
+    assert outcome(f"{QUICK} {PLAIN} -b 25 --epochs 1 --output run") == "0"
+    x, targets = map(torch.cat, zip(*seen))
+    images = train.draw_shapes(5000, 32, seed=1)
+    pixels = images.images.double() / 255
+    mean, std = pixels.mean((0, 2, 3), True), pixels.std((0, 2, 3), False, keepdim=True)
+    expected = ((pixels - mean) / std).float()
+    order = torch.cdist(x.flatten(1), expected.flatten(1)).argmin(1)
+    assert sorted(order.tolist()) == [*range(100)] != order.tolist()
+    torch.testing.assert_close(x, expected[order], atol=1e-5, rtol=1e-5)
+    assert torch.equal(targets, F.one_hot(images.labels[order], 8).float())
+
+
+def measured(monkeypatch, line):
+    """(images, which model, tta) of each evaluation in a run."""
+    calls, run = [], []
+    spy(monkeypatch, "train", run.append)
+
+    def record(model, batches, mean, std, precision, tta=False):
+        models = {"raw": run[0].model, "average": run[0].best_model}
+        names = [name for name, its_model in models.items()
+                 if model is its_model or model is run[0].ema]
+        assert torch.equal(mean, run[0].data.mean) and torch.equal(std, run[0].data.std)
+        batches = list(batches)
+        images = torch.cat([images for images, _ in batches])
+        calls.append((images.numpy().tobytes(),
+                      names[-1] if model is not run[0].model else "raw", tta))
+        return evaluate(model, batches, mean, std, precision, tta)
+
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", record)
+    assert outcome(f"{line} --output run") == "0"
+    return calls, run[0]
+
+
+def test_held_out_images_choose_and_test_images_report(small, monkeypatch):
+    calls, run = measured(monkeypatch,
+                          f"{QUICK} --epochs 2 --val-size 30 --ema-horizon 0.5 --tta")
+    val = run.data.val.images.numpy().tobytes()
+    test = train.draw_shapes(1000, 32, seed=0).images.numpy().tobytes()
+    assert calls[:4] == 2 * [(val, "raw", False), (val, "average", False)]
+    # last, best
+    assert calls[4:] == 2 * [(test, "average", False), (test, "average", True)]
+
+
+def test_without_held_out_images_the_test_images_are_measured(small, monkeypatch):
+    calls, _ = measured(monkeypatch, f"{QUICK} --epochs 1 --ema-horizon 0")
+    test = train.draw_shapes(1000, 32, seed=0).images.numpy().tobytes()
+    assert calls == 2 * [(test, "raw", False)]
+    assert not Path("run/best.pt").exists()
+
+
+@pytest.mark.parametrize(("horizon", "column", "scores"), [
+    (0.5, "val_ema_top1", [1, 2, 2, 9, 11, 5]), (0, "val_top1", [1, 9, 9])])
+def test_best_is_the_first_epoch_that_is_best(small, monkeypatch, horizon, column,
+                                              scores):
+    """The second, by the averaged weights if there are any. (Scores: raw, average, raw,
+    ...)"""
+    scores = iter(scores)
+    evaluate = train.evaluate
+
+    def score(*args):
+        score = {"top1": next(scores)} if len(args) == 5 else {}  # not in the report
+        return evaluate(*args) | score
+
+    monkeypatch.setattr(train, "evaluate", score)
+    line = f"{QUICK} --epochs 3 --val-size 30 --ema-horizon {horizon} --output run"
+    assert outcome(line) == "0"
+    state = torch.load("run/best.pt", weights_only=True)
+    assert state["history"][-1]["epoch"] == 2 and state["history"][-1][column] == 9
+    assert state["step"] == 4  # 70 images: 2 steps an epoch
+
+
+def test_held_out_images_are_not_trained_on(small):
+    data = train.prepare_data(settings(f"{QUICK} --val-size 30"))
+    learned, held_out, whole = ({image.numpy().tobytes() for image in part.images}
+        for part in (
+        data.train, data.val, train.draw_shapes(5000, 32, seed=1)))
+    assert (len(learned), len(held_out)) == (70, 30)
+    assert not learned & held_out and learned | held_out == whole
+
+
+def test_the_average_is_what_is_saved_and_reported(small, monkeypatch, capsys):
+    """At a horizon of three steps, where it differs from the weights."""
+    path, name = [], "stages.1.0.mlp.pwconv1.weight"
+    step = train.train_step
+
+    def record(model, *args):
+        loss = step(model, *args)
+        path.append(model.state_dict()[name].clone())
+        return loss
+
+    monkeypatch.setattr(train, "train_step", record)
+    assert outcome(f"{QUICK} --lr 0.01 --epochs 2 --ema-horizon 0.5 --output run") == "0"
+    average = path[0]
+    for weights in path[1:]:
+        average = average + (weights - average) / 3
+    saved, state = load_file("run/weights.safetensors"), torch.load("run/last.pt")
+    torch.testing.assert_close(saved[name], average)
+    assert all(torch.equal(saved[key], state["ema"][f"module.{key}"]) for key in saved)
+    assert torch.equal(state["model"][name], path[-1])
+    assert not torch.allclose(saved[name], path[-1], rtol=1e-3)
+
+    text, row = capsys.readouterr().out, read_csv("run/metrics.csv")[-1]
+    test = train.draw_shapes(1000, 32, seed=0)
+    for prefix, weights in (("test_ema", "run/weights.safetensors"),
+                            ("test", state["model"])):
+        loss, top1 = scores_of(
+            from_checkpoint(weights), test.images, test.labels, state["mean"],
+            state["std"])
+        assert float(row[f"{prefix}_loss"]) == pytest.approx(loss, rel=1e-5)
+        assert float(row[f"{prefix}_top1"]) == pytest.approx(top1)
+    loss, top1, top5 = (float(row[f"test_ema_{name}"]) for name
+                        in ("loss", "top1", "top5"))
+    line = f"test loss {loss:.4f}  top-1 {top1:.2f} %"
+    assert f"run/last.pt: {line}  top-5 {top5:.2f} %  of 20 images" in text
+    for file in ("last.pt", "weights.safetensors"):
+        assert outcome(f"--eval-only run/{file} --device cpu --amp off") == "0"
+        assert f"run/{file}: {line}" in capsys.readouterr().out
+
+
+def test_metrics_are_the_steps_means(small, monkeypatch):
+    losses, lrs = [], []
+    step = train.train_step
+
+    def record(model, optimizers, x, targets, lr, *more):
+        losses.append(step(model, optimizers, x, targets, lr, *more).item())
+        lrs.append(lr)
+        return torch.tensor(losses[-1])
+
+    monkeypatch.setattr(train, "train_step", record)
+    assert outcome(f"{QUICK} --epochs 5 --eval-every 2 --min-lr 5e-4 --output run") == "0"
+    rows = read_csv("run/metrics.csv")
+    assert [row["epoch"] for row in rows] == [*"12345"]
+    assert [bool(row["test_top1"]) for row in rows] == [False, True, False, True, True]
+    means = torch.tensor(losses, dtype=torch.double).view(5, 3).mean(1).tolist()
+    assert [float(row["train_loss"]) for row in rows] == pytest.approx(means, rel=1e-5)
+    assert [float(row["lr"]) for row
+            in rows] == lrs[2::3] and lrs[-1] == pytest.approx(5e-4)
+    for row in rows:
+        images = float(row["images_per_s"]) * float(row["seconds"])
+        assert images == pytest.approx(96) and 0 < float(row["data_share"]) < 1
+
+
+def test_a_run_learns(small, monkeypatch):
+    """Eight shapes, 1,000 images of them six times: from 12.5 % to some 55 %."""
+    draw = train.draw_shapes
+
+    def draw_more(count, size, seed):
+        return draw(10 * count, size, seed)
+
+    monkeypatch.setattr(train, "draw_shapes", draw_more)
+    line = f"{QUICK} --epochs 6 --lr 4e-3 --optimizer muon --mix-prob 0 --rand-augment 0"
+    assert outcome(f"{line} --random-erase 0 --output run") == "0"
+    row = read_csv("run/metrics.csv")[-1]
+    assert float(row["test_ema_top1"]) > 40 and float(row["train_loss"]) < 1.5
+
+
+@pytest.mark.parametrize(("line", "seen"), [
+    ("--drop-path 0.3", lambda run: run.model.stages[1][0].drop_path.p == 0.3),
+    ("--head-init-scale 0.5", lambda run: 0.4 < run.model.head.fc.weight.std() / 0.02
+     < 0.6),
+    ("--layer-scale 0.3", lambda run: (run.model.stages[0][0].layer_scale.gamma
+                                       == 0.3).all()),
+    ("--init paper", lambda run: 0.015 < run.model.stages[1][0].dwconv.weight.std()
+     < 0.025),
+    ("--init fan-in", lambda run: 0.1 < run.model.stages[1][0].dwconv.weight.std()
+     < 0.15),
+    ("--grn", lambda run: hasattr(run.model.stages[0][0].mlp, "grn")),
+    ("--patch-size 2", lambda run: run.model.downsample_layers[0][0].stride == (2, 2)),
+    ("--beta2 0.5", lambda run: run.optimizers[0].param_groups[0]["betas"] == (0.9, 0.5)),
+    ("--wd 0.7", lambda run: {g["weight_decay"] for g in run.optimizers[0].param_groups}
+     == {0.7, 0}),
+    ("--optimizer sgd", lambda run: run.optimizers[0].param_groups[0]["momentum"] == 0.9),
+    ("--optimizer muon --muon-lr 0.3",
+     lambda run: run.optimizers[1].param_groups[0]["lr_scale"] == pytest.approx(300)),
+    ("--layer-decay 0.5",
+     lambda run: min(g["lr_scale"] for g in run.optimizers[0].param_groups) == 0.125),
+    ("--amp bf16", lambda run: run.precision == torch.bfloat16),
+    ("--amp off", lambda run: run.precision == torch.float32
+     and not run.scaler.is_enabled()),
+    ("--ema-horizon 0", lambda run: run.ema is None and run.best_model is run.model),
+    ("--epochs 7 -b 50", lambda run: (run.epoch_steps, run.total) == (2, 14)),
+    ("-b 128", lambda run: run.epoch_steps == 1)],
+    ids=lambda value: value if type(value) is str else "")
+def test_a_flag_reaches_the_run(small, line, seen):
+    assert seen(prepared(f"{QUICK} {line}"))
+
+
+def test_on_a_cpu_the_network_is_sped_up(small):
+    assert isinstance(prepared(QUICK).model.stages[0][0].dwconv,
+                      convnext.FastDepthwiseConv)
+
+
+def test_flags_reach_the_step(small, monkeypatch):
+    seen = []
+    spy(monkeypatch, "train_step", lambda *args: seen.append(args))
+    line = "--amp bf16 --lr 0.01 --schedule linear --warmup-epochs 1 --min-lr 0.001"
+    assert outcome(f"{QUICK} {line} --epochs 4 --output run") == "0"
+    rise, fall = [0.01 / 3, 0.02 / 3, 0.01], [0.01 - 0.001 * i for i in range(9)]
+    assert [args[4] for args in seen] == pytest.approx(rise + fall)
+    recipe, precision, scaler, teacher = seen[0][5:]
+    assert recipe == settings(f"{QUICK} {line} --epochs 4 --output run")
+    assert precision == torch.bfloat16 and not scaler.is_enabled() and teacher is None
+
+
+def test_images_grow_and_mixing_ends(small, monkeypatch):
+    seen = []
+    spy(monkeypatch, "train_step", lambda model, optimizers, x, targets, *_: seen.append(
+        (x.shape[-1], bool((targets.max(1).values < 1).any()))))
+    assert outcome(f"{QUICK} --start-size 16 --epochs 4 -b 50 --mix-off-epochs 1 "
+                   "--output run") == "0"
+    assert seen == [(16, True)] * 4 + [(32, True)] * 2 + [(32, False)] * 2
+
+
+def at_call(number, function, action):
+    """The function, but before its call of this number the action happens."""
+    calls = itertools.count(1)
+
+    def wrapped(*args, **more):
+        if next(calls) == number:
+            action()
+        return function(*args, **more)
+
+    return wrapped
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
+VARIABLE = ("seconds", "images_per_s", "data_share", "waiting", "output", "resume",
+            "workers")  # times and places
+
+
+def without_times(content):
+    """Nested content with tensors as bytes, to be compared whole."""
+    if isinstance(content, dict):
+        return {name: without_times(value) for name, value in content.items()
+                if name not in VARIABLE}
+    if isinstance(content, list | tuple):
+        return [without_times(value) for value in content]
+    return content.numpy().tobytes() if isinstance(content, torch.Tensor) else content
+
+
+@pytest.mark.parametrize(("line", "at_resume"), [
+    pytest.param(f"{QUICK} --val-size 20", "", id="adamw"),
+    pytest.param(f"{QUICK} --optimizer muon --ema-horizon 0.5 --start-size 16", "",
+                 id="muon, average, growing images"),
+    pytest.param(f"{QUICK} --teacher first/last.pt --accumulate 2 --clip-grad 1", "-j 1",
+                 id="teacher, accumulation"),
+    pytest.param(f"{QUICK} --amp bf16", "", id="bfloat16", marks=pytest.mark.skipif(
+        not train.cpu_has_bfloat16(), reason="slow on this CPU")),
+    pytest.param(f"{SMALLEST} --dataset folder -b 4 --img-size 72 -j 1", "-j 2",
+                 id="random crops in workers"),
+    pytest.param(f"{QUICK} --road ResNet-50 --width 8 --optimizer sgd", "",
+                 id="BatchNorm")])
+def test_a_stopped_run_ends_with_the_same_bits(request, monkeypatch, line, at_resume):
+    """Stopped in the middle of the second of three epochs of three steps."""
+    request.getfixturevalue("pretrained" if "first" in line else "small")
+    if "folder" in line:
+        make_folder("data")
+    if "--road" in line:
+        line = line.replace("--depths 1 1 --dims 8 16", "")
+    line += " --epochs 3 --output "
+    assert outcome(line + "whole") == "0"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", at_call(5, train.train_step, interrupt))
+        assert outcome(line + "parts") == "130"
+    assert torch.load("parts/last.pt", weights_only=True)["step"] == 5
+    torch.rand(7)  # the random state at the time does not matter
+    assert outcome(f"--resume parts/last.pt {at_resume}") == "0"
+    for name, read in (("last.pt", torch.load), ("metrics.csv", read_csv),
+                       ("weights.safetensors", load_file)):
+        whole_, parts = (without_times(read(f"{run}/{name}")) for run
+                         in ("whole", "parts"))
+        assert parts == whole_, name
+
+
+# --- One step ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("optimizer", "parts", "tolerance"), [
+    ("adamw", 3, 0.01), ("sgd", 1, 0.01),
+    ("muon", 1, 0.2)])  # in bfloat16, which rounds small singular values
+def test_steps_are_pytorchs(device, optimizer, parts, tolerance):
+    """With parts of unequal size, clipping, two optimizers and a factor for each
+    group."""
+    recipe = train.Recipe(optimizer=optimizer, accumulate=parts, weight_decay=0.3,
+                          clip_grad=0.5, lr=1.0 if optimizer == "sgd" else 1e-3)
+    ours = randomise(convnext.ConvNeXt((1, 1), (8, 16), num_classes=8)).to(device).train()
+    theirs = copy.deepcopy(ours)
+    before = copy.deepcopy(ours.state_dict())
+    groups = {"flat": [], "matrices": [], "filters": []}
+    for name, p in theirs.named_parameters():
+        matrix = optimizer == "muon" and "pwconv" in name
+        groups["flat" if p.ndim == 1 else "matrices" if matrix else "filters"].append(p)
+    decayed = [{"params": groups["filters"], "weight_decay": 0.3},
+               {"params": groups["flat"], "weight_decay": 0}]
+    if optimizer == "sgd":
+        peers = [torch.optim.SGD(decayed, lr=1, momentum=0.9)]
+    else:
+        peers = [torch.optim.AdamW(decayed, betas=(0.9, 0.999))]
+    if optimizer == "muon":
+        peers.append(torch.optim.Muon(groups["matrices"], weight_decay=0.3))
+    optimizers = train.make_optimizers(ours, recipe, torch.bfloat16)
+    for step in range(4):
+        x = torch.randn(20, 3, 32, 32, device=device)
+        y = torch.randn(20, 8, device=device).softmax(1)
+        lr = recipe.lr * (1 - step / 8)
+        loss = train.train_step(ours, optimizers, x, y, lr, recipe)
+        expected = F.cross_entropy(theirs(x), y, label_smoothing=0.1)
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-3, atol=1e-3)
+        expected.backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        for peer_, factor in zip(peers, (1, 20)):
+            for group in peer_.param_groups:
+                group["lr"] = factor * lr
+            peer_.step()
+            peer_.zero_grad()
+    for name, p in theirs.state_dict().items():
+        moved = (p - before[name]).norm()
+        assert (ours.state_dict()[name] - p).norm() <= tolerance * moved > 0, name
+
+
+@pytest.mark.parametrize("clip_grad", [0, 0.5])
+def test_float16_with_a_scaler_is_the_step_without(device, clip_grad):
+    """Clipping sees the unscaled gradient, and an infinite one leaves the weights as they
+    were."""
+    recipe = train.Recipe(clip_grad=clip_grad, optimizer="sgd", label_smoothing=0)
+    model = randomise(convnext.ConvNeXt((1, 1), (8, 16), num_classes=8)).to(device)
+    start = copy.deepcopy(model.state_dict())
+    x = torch.randn(8, 3, 32, 32, device=device)
+    y = F.one_hot(torch.arange(8, device=device)).float()
+    moved = []
+    for precision in (torch.float32, torch.float16):
+        model.load_state_dict(start)
+        scaler = torch.amp.GradScaler(device, enabled=precision == torch.float16,
+                                      init_scale=1024)
+        optimizers = train.make_optimizers(model, recipe)
+        train.train_step(model, optimizers, x, y, 0.1, recipe, precision, scaler)
+        moved.append(torch.cat([(p - start[name]).flatten()
+                                for name, p in model.named_parameters()]))
+    assert (moved[0] - moved[1]).norm() < 0.02 * moved[0].norm()
+    after = copy.deepcopy(model.state_dict())
+    train.train_step(model, optimizers, x * math.inf, y, 0.1, recipe, precision, scaler)
+    assert all(torch.equal(p, after[name]) for name, p in model.state_dict().items())
+    assert scaler.get_scale() == 512
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_step_and_evaluation_compute_in_their_precision(device, precision):
+    """The weights stay in float32."""
+    model, seen = convnext.ConvNeXt((1,), (8,), num_classes=3).to(device), []
+    model.head.fc.register_forward_hook(lambda module, args, y: seen.append(y.dtype))
+    x, labels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2)
+    targets = F.one_hot(labels, 3).float().to(device)
+    recipe = train.Recipe()
+    optimizers = train.make_optimizers(model, recipe)
+    train.train_step(model, optimizers, x.float().to(device), targets, 1e-3, recipe,
+                     precision)
+    train.evaluate(model, [(x, labels)], torch.zeros(3), torch.ones(3), precision)
+    assert seen == [precision, precision]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_distillation_loss_is_hintons():
+    ours, theirs = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
+    p, q = ((x / 3).softmax(1) for x in (theirs, ours))
+    loss = train.distillation_loss(ours, theirs, 3.0)
+    torch.testing.assert_close(loss, 9 * (p * (p / q).log()).sum() / 5)
+    assert train.distillation_loss(theirs, theirs, 3.0) == 0
+    gradient, = torch.autograd.grad(loss, ours)
+    torch.testing.assert_close(gradient, 3 * (q - p) / 5)
+
+
+def test_the_loss_is_smoothed_for_mixed_targets_too():
+    logits, targets = torch.randn(5, 7), torch.randn(5, 7).softmax(1)
+    smoothed = 0.8 * targets + 0.2 / 7
+    expected = -(smoothed * logits.log_softmax(1)).sum(1).mean()
+    recipe = train.Recipe(label_smoothing=0.2)
+    torch.testing.assert_close(train.training_loss(recipe, logits, targets), expected)
+
+
+def test_the_teachers_share_of_the_loss():
+    logits, theirs, targets = (torch.randn(5, 7) for _ in range(3))
+    recipe = train.Recipe(distill_alpha=0.25, distill_temperature=3)
+    expected = (0.75 * train.training_loss(recipe, logits, targets)
+                + 0.25 * train.distillation_loss(logits, theirs, 3))
+    torch.testing.assert_close(train.training_loss(recipe, logits, targets, theirs),
+                               expected)
+
+
+# --- Evaluation -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mirrored", [False, True], ids=["plain", "mirrored"])
+def test_evaluation_is_timms(device, mirrored):
+    """In evaluation mode: with stochastic depth, the training mode would give other
+    numbers."""
+    data = train.draw_shapes(260, 32, seed=0)  # more than a batch
+    model = randomise(convnext.ConvNeXt((1, 1), (8, 16), num_classes=8,
+                                        drop_path=0.9)).to(device)
+    mean, std = torch.tensor([0.3, 0.4, 0.5]), torch.tensor([0.2, 0.3, 0.4])
+    x = T.Normalize(mean.tolist(), std.tolist())(data.images / 255).to(device)
+    with torch.inference_mode():
+        logits = model.eval()(x).cpu()
+        if mirrored:
+            logits = (logits + model(TF.horizontal_flip(x)).cpu()) / 2
+    expected = [F.cross_entropy(logits, data.labels), *timm.utils.accuracy(
+        logits, data.labels, (1, 5))]
+    scores = train.evaluate(model.train(), train.evaluation_batches(data, 0), mean, std,
+                            torch.float32, mirrored)
+    assert [*scores] == ["loss", "top1", "top5"]
+    assert [*scores.values()] == pytest.approx([e.item() for e in expected], rel=1e-4)
+
+
+def test_top5_of_three_classes_is_all():
+    model = randomise(convnext.ConvNeXt((1,), (8,), num_classes=3))
+    batch = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4) % 3
+    one = torch.ones(3)
+    assert train.evaluate(model, [batch], one, one, torch.float32)["top5"] == 100
+
+
+@pytest.mark.parametrize(("size", "given", "share", "mode"), [
+    (224, None, 0.875, "center"), (288, 0.95, 0.95, "center"), (384, None, 1.0, "squash"),
+    (384, 0.9, 0.9, "center"), (32, None, 1.0, "center"), (64, 0.5, 1.0, "center")])
+def test_evaluation_square_is_timms(size, given, share, mode):
+    picture = PIL.Image.effect_noise((500, 375), 80).convert("RGB")
+    theirs = timm.data.create_transform(
+        size, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1), crop_pct=share,
+        crop_mode=mode)(picture)
+    ours = TF.pil_to_tensor(train.evaluation_square(size, given)(picture))
+    torch.testing.assert_close(ours / 255, theirs)
+
+
+# --- The optimizers ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_learning_rate_is_pytorchs(schedule):
+    optimizer, lrs = torch.optim.SGD([nn.Parameter(torch.zeros(1))],
+                                     0.3), torch.optim.lr_scheduler
+    rise = lrs.LinearLR(optimizer, 1 / 10, total_iters=9)
+    fall = (lrs.CosineAnnealingLR(optimizer, 39, 0.01) if schedule == "cosine" else
+            lrs.LinearLR(optimizer, 1, 0.01 / 0.3, 40))
+    both = lrs.SequentialLR(optimizer, [rise, fall], [10])
+    for step in range(50):
+        lr = train.lr_at(step, 50, 10, 0.3, 0.01, schedule)
+        assert lr == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        both.step()
+    assert train.lr_at(0, 1, 0, 0.3, 0.01, schedule) == 0.3
+
+
+def parameter_names(model, group):
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for p in group["params"]]
+
+
+@pytest.mark.parametrize("variant", ["atto", "v2_atto"])
+def test_weight_decay_groups_are_timms(variant):
+    model = create_convnext(variant)
+    ours, theirs = ({(group["weight_decay"], *sorted(parameter_names(model, group)))
+                     for group in groups} for groups in (
+        train.parameter_groups(model, 0.05), timm.optim.param_groups_weight_decay(model,
+                                                                                  0.05)))
+    assert ours == theirs
+
+
+def test_attentions_bias_does_not_decay():
+    attention = nn.Sequential(convnext.WindowAttention(16, False))
+    undecayed, = (parameter_names(attention, group)
+                  for group in train.parameter_groups(attention, 0.1)
+                  if not group["weight_decay"])
+    assert undecayed == ["0.bias", "0.qkv.bias", "0.proj.bias"]
+
+
+def test_muon_gets_the_matrices_of_blocks():
+    model = convnext.ConvNeXt((1, 1), (8, 16), grn=True)
+    adamw, muon = train.make_optimizers(model,
+                                        train.Recipe(optimizer="muon", layer_decay=0.8))
+    expected = {name for name, _ in model.named_parameters()
+                if re.search(r"pwconv\d.weight", name)}
+    found, rest = (set(itertools.chain(*(parameter_names(model, group)
+                                         for group in optimizer.param_groups)))
+                   for optimizer in (muon, adamw))
+    assert found == expected and rest == dict(model.named_parameters()).keys() - expected
+    scales = [group["lr_scale"] for group in muon.param_groups]  # 20 times AdamW's
+    assert scales == pytest.approx([20 * 0.8**2, 20 * 0.8])
+
+
+def test_muon_gets_the_dense_filters_of_the_road():
+    model = convnext.roadmap_network(convnext.DESIGNS["ResNet-50"]._replace(
+        depths=(1, 1), width=8))
+    _, muon = train.make_optimizers(model, train.Recipe(optimizer="muon",
+                                                        road="ResNet-50"))
+    shapes = [tuple(p.shape[2:]) for group in muon.param_groups for p in group["params"]]
+    # branches and shortcuts
+    assert shapes.count((3, 3)) == 2 and shapes.count((1, 1)) == 6
+    model = convnext.roadmap_network(convnext.DESIGNS["depthwise conv"]._replace(
+        depths=(1, 1), width=8))
+    _, muon = train.make_optimizers(model, train.Recipe(optimizer="muon",
+                                                        road="depthwise conv"))
+    assert not [p for group in muon.param_groups for p in group["params"]
+                if p.shape[2:] == (3, 3)]
+
+
+def test_a_frozen_backbone_leaves_one_optimizer():
+    model = convnext.ConvNeXt((1, 1), (8, 16))
+    train.freeze_all_but_classifier(model)
+    alone, = train.make_optimizers(model, train.Recipe(optimizer="muon"))
+    assert [parameter_names(model, group) for group in alone.param_groups] == [
+        ["head.fc.weight"], ["head.fc.bias"]]
+
+
+@pytest.mark.parametrize(("variant", "decay", "expected"), [
+    # 0.8 ** (13 - i) for the authors' layers i: stem, stages 1 and 2, 27 blocks by 3
+    ("base", 0.8, (0.0550, 0.0687, 0.0859, 0.1074, 0.1342, 0.1678, 0.2097, 0.2621, 0.3277,
+                   0.4096, 0.5120, 0.6400, 0.8, 1)),
+    ("tiny", 0.7, tuple(0.7**i for i in range(7, -1, -1)))])
+def test_layer_decay_is_the_authors(variant, decay, expected):
+    with torch.device("meta"):
+        model = create_convnext(variant)
+    scales = {name: group["lr_scale"] for group
+              in train.parameter_groups(model, 0.05, decay)
+              for name in parameter_names(model, group)}
+    last = len(expected) - 1
+    layers = {"downsample_layers.0.": 0, "stages.0.": 1, "downsample_layers.1.": 2,
+              "stages.1.": 2, "downsample_layers.2.": 3, "downsample_layers.3.": last - 1,
+              "stages.3.": last - 1, "head.": last}
+    layers |= {f"stages.2.{block}.": 3 + block // 3 for block
+               in range(len(model.stages[2]))}
+    for name, _ in model.named_parameters():
+        layer = next(layer for part, layer in layers.items() if name.startswith(part))
+        assert scales[name] == pytest.approx(expected[layer], abs=5e-5), name
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16), (12, 3, 3, 3),
+                                   (6, 8, 2, 2)], ids=str)
+def test_muon_is_pytorchs(shape):
+    """On filters, it is torch.optim.Muon on their flattened copies."""
+    start = torch.randn(shape)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.flatten(1).clone())
+    muon = train.Muon([{"params": [ours], "weight_decay": 0.3}], 0.02, torch.bfloat16)
+    peer_ = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.3)
+    for _ in range(4):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.flatten(1).clone()
+        muon.step()
+        peer_.step()
+    moved = (theirs - start.flatten(1)).norm()
+    assert (ours.flatten(1) - theirs).norm() < 0.03 * moved  # bfloat16's rounding
+
+
+@pytest.mark.parametrize("shape", [(40, 10), (10, 40), (30, 30)], ids=str)
+@pytest.mark.parametrize("scale", [1e-4, 1e3])
+def test_orthogonalize_changes_the_singular_values_alone(shape, scale):
+    """By five steps of Muon's polynomial, and from 0.1 ... 1 to near 1."""
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.linspace(0.1, 1, min(shape))
+    y = u.T @ train.orthogonalize(scale * (u * values) @ v) @ v.T
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    torch.testing.assert_close(y, values.diag(), atol=1e-4, rtol=0)
+    assert 0.65 < values.min() and values.max() < 1.25
+
+
+def test_the_average_of_weights_is_a_running_mean():
+    """Of BatchNorm's statistics, too, but not of whole numbers such as attention's
+    index."""
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    average = train.average_of(model, 4)
+    expected = None
+    for step in range(5):
+        model[0].weight.data.fill_(step)
+        model[0].running_mean.fill_(10 * step)
+        average.update_parameters(model)
+        expected = step if expected is None else expected + (step - expected) / 4
+    assert average.module[0].weight[0].item() == pytest.approx(expected)
+    assert average.module[0].running_mean[0].item() == pytest.approx(10 * expected)
+    attention = nn.Sequential(convnext.WindowAttention(16, False))
+    # would change 661 of its entries in 30 steps
+    average = train.average_of(attention, 10)
+    for _ in range(30):
+        average.update_parameters(attention)
+    assert torch.equal(average.module[0].index, attention[0].index)
+
+
+# --- Fine-tuning and teachers -----------------------------------------------------------
+
+
+def test_fan_in_initialisation():
+    """The layers' weights, and with them the branch of a block of 40 channels beside its
+    input."""
+    model, x = create_convnext("atto", layer_scale=0), torch.randn(4, 40, 16, 16)
+    loudness, deviations = [], {}
+    for init in (lambda model: None, train.fan_in_init):
+        init(model)
+        loudness.append((model.stages[0][0].eval()(x) - x).std().item())
+    assert loudness[0] < 0.03 and 0.08 < loudness[1] < 0.2
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            scaled = module.weight.std().item() * module.weight[0].numel() ** 0.5
+            deviations.setdefault(name.split(".")[-1], []).append(scaled)
+    # what cutting a normal distribution at two standard deviations leaves of them
+    cut = 0.88
+    for name, count, expected in (
+            ("0", 1, cut), ("1", 3, cut), ("dwconv", 12, cut), ("pwconv1", 12, cut),
+            ("pwconv2", 12, cut / 24**0.5), ("fc", 1, 0.02 * 320**0.5)):
+        assert deviations.pop(name) == pytest.approx([expected] * count, rel=0.06), name
+    assert not deviations
+
+
+def fine_tune(line):
+    usual = "--dataset folder --epochs 2 --lr 0.01 -b 4 -j 0 --device cpu --amp off"
+    assert outcome(f"{usual} {line} --output tuned") == "0"
+    return torch.load("tuned/last.pt", weights_only=True)
+
+
+def test_fine_tuning_begins_with_the_weights(pretrained, capsys):
+    make_folder("data")
+    state = fine_tune(f"--recipe finetune --init-from {pretrained} --lr 1e-9 --min-lr 0")
+    source = train.open_source(pretrained)
+    assert (state["mean"], state["std"]) == (source.expects["mean"],
+                                             source.expects["std"])
+    for name, tensor in source.tensors.items():
+        if "head.fc" not in name:
+            torch.testing.assert_close(state["model"][name], tensor, atol=1e-6, rtol=1e-6)
+    assert len(state["model"]["head.fc.weight"]) == 2
+    assert "new: head.fc.weight, head.fc.bias\n" in capsys.readouterr().out
+
+
+def test_layer_decay_moves_the_stem_least(pretrained):
+    make_folder("data")
+    first = load_file(pretrained)
+    state = fine_tune(f"--recipe finetune --init-from {pretrained} --layer-decay 0.1")
+    stem, head = ((state["model"][name] - first[name]).abs().max() for name in (
+        "downsample_layers.0.0.weight", "head.norm.weight"))
+    assert 0 < 20 * stem < head
+
+
+def test_a_frozen_backbone_stays_as_it_is(pretrained):
+    make_folder("data")
+    line = f"--init-from {pretrained} --freeze-backbone --drop-path 0.1"
+    state = fine_tune(line)
+    assert settings("--resume tuned/last.pt --freeze-backbone").drop_path == 0.1
+    first = load_file(pretrained)
+    for name, tensor in state["model"].items():
+        if not name.startswith("head.fc."):
+            assert torch.equal(tensor, first[name]), name
+    trained = train.open_source("tuned/weights.safetensors").tensors["head.fc.bias"]
+    assert trained.abs().min() > 1e-3  # it began at 0
+    ended = outcome(f"{line} --dataset folder --device cpu --patch-size 2 --output other")
+    assert "would leave untrained: downsample_layers.0.0.weight" in ended
+
+
+def test_a_classifier_for_the_same_classes_is_kept(pretrained, capsys):
+    make_folder("data")
+    fine_tune(f"--init-from {pretrained}")
+    os.rename("tuned", "first_tuned")
+    before = load_file("first_tuned/weights.safetensors")["head.fc.weight"]
+    state = fine_tune("--init-from first_tuned/weights.safetensors --lr 1e-9 --min-lr 0")
+    torch.testing.assert_close(state["model"]["head.fc.weight"], before)
+    for split in ("train", "val"):
+        Path("data", split, "a dog").rename(Path("data", split, "wolf"))
+    shutil.rmtree("tuned")
+    capsys.readouterr()
+    fine_tune("--init-from first_tuned/weights.safetensors")  # two other classes
+    assert "new: head.fc.weight, head.fc.bias" in capsys.readouterr().out
+
+
+def test_fine_tuning_few_images(pretrained):
+    """fit_to_data: some 1,000 steps of a quarter of the images, and what is typed
+    stays."""
+    recipe = settings(f"--init-from {pretrained} --recipe finetune")
+    few = train.fit_to_data(recipe, 100, {})
+    assert (few.batch_size, few.epochs, few.lr, few.rand_augment) == (25, 250, 3e-4, 0)
+    assert few.eval_every == 12
+    typed = train.fit_to_data(recipe, 100, {"epochs": 3, "batch_size": 10})
+    assert (typed.epochs, typed.batch_size) == (30, 128)  # those of the recipe given
+    assert train.fit_to_data(recipe, 40_000, {}) == recipe
+
+
+def test_a_teacher_without_a_say_changes_nothing(pretrained):
+    """And a copy of it has no loss."""
+    line = f"{QUICK} --epochs 1 --init-from {pretrained} --output "
+    teach = f"--teacher {pretrained} --distill-alpha"
+    losses = []
+    for name, more in (("plain", ""), ("silent", f"{teach} 0"), ("half", teach + " 0.5"),
+                       ("copy", f"{teach} 1 --lr 1e-9 --min-lr 0 --drop-path 0")):
+        assert outcome(f"{line}{name} {more}".replace("--depths 1 1 --dims 8 16",
+                                                      "")) == "0"
+        losses.append(float(read_csv(f"{name}/metrics.csv")[0]["train_loss"]))
+    assert losses[0] == losses[1] != losses[2] and losses[3] < 1e-3
+
+
+def test_the_teacher_sees_its_own_normalisation(pretrained):
+    data, source = train.draw_shapes(1000, 32, seed=1), train.open_source(pretrained)
+    mean, std, x = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6,
+                                                                0.7]), data.images / 255
+    with torch.inference_mode():
+        expected = from_checkpoint(pretrained)(T.Normalize(
+            source.expects["mean"], source.expects["std"])(x))
+    logits = train.Teacher(source, mean, std)(train.normalize(x, mean, std))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+# --- Augmentation -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def bytes_():
+    return torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
+
+
+def test_augment_does_all_of_it_in_this_order(monkeypatch):
+    """Each function is replaced by one that notes what it is given."""
+    calls = []
+    for name in ("crop_and_flip", "rand_augment", "normalize", "random_erase", "mix"):
+        def note(x, *args, name=name):
+            calls.append((name, x.shape[-1], x.dtype, *args))
+            return (x, None) if name == "mix" else x
+
+        monkeypatch.setattr(train, name, note)
+    recipe = train.Recipe(
+        crop_padding=3, flip=0.4, rand_augment=7, random_erase=0.2, mixup=0.3, cutmix=0.6,
+        start_size=16, epochs=10)
+    x, labels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4)
+    mean, std = torch.zeros(3), torch.ones(3)
+    train.augment(recipe, x, labels, 10, mean, std, epoch=0)
+    assert calls == [
+        ("crop_and_flip", 32, torch.uint8, 3, 0.4),
+        ("rand_augment", 32, torch.float32, 7),
+        ("normalize", 16, torch.float32, mean, std),
+        ("random_erase", 16, torch.float32, 0.2),
+        ("mix", 16, torch.float32, labels, 10, 0.3, 0.6)]
+
+
+def test_images_shrink_as_pillow_does_it():
+    """Antialiased, between 0 and 1."""
+    recipe = train.Recipe(**WITHOUT_AUGMENTATION, start_size=16, epochs=2)
+    x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    ours, _ = train.augment(recipe, x, torch.arange(2), 2, torch.zeros(3), torch.ones(3),
+                            0)
+    theirs = torch.stack([TF.pil_to_tensor(TF.to_pil_image(image).resize(
+        (16, 16), PIL.Image.Resampling.BILINEAR)) for image in x])
+    # Pillow rounds twice
+    torch.testing.assert_close(ours, theirs / 255, atol=1.1 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("off", [{"mix_prob": 0}, {"mix_off_epochs": 10},
+                                 {"mixup": 0, "cutmix": 0}],
+                         ids=str)
+def test_augmentation_that_is_off_leaves_images_and_labels(bytes_, off):
+    recipe = train.Recipe(**WITHOUT_AUGMENTATION | {"mix_prob": 1} | off, epochs=10,
+                          img_size=16)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6])
+    x, targets = train.augment(recipe, bytes_, torch.arange(64) % 5, 5, mean, std,
+                               epoch=3)
+    torch.testing.assert_close(x, T.Normalize(mean.tolist(), std.tolist())(bytes_ / 255))
+    assert torch.equal(targets, F.one_hot(torch.arange(64) % 5, 5).float())
+
+
+def test_a_share_of_the_batches_is_mixed(bytes_):
+    recipe = train.Recipe(**WITHOUT_AUGMENTATION | {"mix_prob": 0.3}, img_size=16)
+    mixed = 0
+    for _ in range(300):
+        _, targets = train.augment(recipe, bytes_[:4], torch.arange(4), 4, torch.zeros(3),
+                                   torch.ones(3), epoch=3)
+        mixed += bool((targets.max(1).values < 1).any())
+    assert 60 < mixed < 120
+
+
+def test_crop_and_flip_is_a_loop_of_torchvisions(bytes_):
+    padded, draws = TF.pad(bytes_, [2], padding_mode="reflect"), []
+    for before, after in zip(padded, train.crop_and_flip(bytes_, 2, 0.5)):
+        match, = ((top, left, flip) for top in range(5) for left in range(5) for flip
+                  in (0, 1)
+                  if torch.equal(TF.crop(before, top, left, 8, 8),
+                                 TF.horizontal_flip(after) if flip else after))
+        draws.append(match)
+    assert {d[0] for d in draws} == {d[1] for d in draws} == set(range(5))
+    assert len({d[:2] for d in draws}) > 15  # both are drawn
+    assert 16 < sum(d[2] for d in draws) < 48
+    assert torch.equal(train.crop_and_flip(bytes_, 0, 0.0), bytes_)
+    assert torch.equal(train.crop_and_flip(bytes_, 0, 1.0), bytes_.flip(3))
+
+
+def pillow_operation(name, strength):
+    """What timm does to a Pillow image at `strength` of an operation's range."""
+    warp = {"resample": PIL.Image.Resampling.BILINEAR, "fillcolor": (128, 128, 128)}
+    # timm shears about a corner, we about the centre: k * 16 pixels apart
+    k = 0.3 * strength
+    if name.startswith("shear"):
+        rows = (1, k, -16 * k, 0, 1, 0) if name == "shear_x" else (1, 0, 0, k, 1, -16 * k)
+        return lambda i: i.transform(i.size, PIL.Image.Transform.AFFINE, rows, **warp)
+    level = 10 * abs(strength), None
+    arguments = {
+        "auto_contrast": (), "equalize": (), "invert": (), "rotate": (30 * strength,),
+        "posterize": timm_ops._posterize_increasing_level_to_arg(*level),
+        "solarize": timm_ops._solarize_increasing_level_to_arg(*level),
+        "solarize_add": timm_ops._solarize_add_level_to_arg(*level),
+        "translate_x": (0.45 * strength,), "translate_y": (0.45 * strength,),
+    }.get(name, (1 + 0.9 * strength,))
+    operation = getattr(timm_ops, name + "_rel" * name.startswith("translate"))
+    return lambda i: operation(i, *arguments, **(warp if name[:2]
+                                                 in ("ro", "tr") else {}))
+
+
+@pytest.mark.parametrize("name", train.RAND_AUGMENT_OPS)
+def test_rand_augment_operation_is_timms(name):
+    images = T.GaussianBlur(3, 0.8)(torch.randint(0, 256, (2, 3, 32, 32),
+                                                  dtype=torch.uint8))
+    images = (TF.autocontrast(images) * 0.7 + 40).byte()
+    for strength in (0.9, -0.45):
+        ours = 255 * train.RAND_AUGMENT_OPS[name](images / 255,
+                                                  torch.full((2, 1, 1, 1), strength))
+        operation = pillow_operation(name, strength)
+        theirs = torch.stack([TF.pil_to_tensor(operation(TF.to_pil_image(i))) for i
+                              in images])
+        difference = (ours - theirs).abs()
+        # of 255; Pillow rounds, and does not blend at the border
+        assert difference.mean() < 1.5
+        assert difference[..., 8:24, 8:24].max() < (12 if name == "equalize" else 4.1)
+        # so what they agree on is a change
+        assert (theirs.float() - images).abs().mean() > 3
+
+
+def test_rand_augment_draws_for_each_image_what_timm_draws(monkeypatch):
+    """Twice one of fifteen operations, each left out half of the time, of N(level, 0.5) /
+    10."""
+    drawn = {name: [] for name in train.RAND_AUGMENT_OPS}
+    for name in drawn:
+        monkeypatch.setitem(train.RAND_AUGMENT_OPS, name, lambda x, m, name=name: (
+            drawn[name].append(m.flatten()), x)[1])
+    train.rand_augment(torch.zeros(15_000, 3, 1, 1), 5)
+    counts = torch.tensor([len(torch.cat(m)) for m in drawn.values()])
+    # 2 * 15,000 / 2 / 15
+    assert len(counts) == 15 and ((counts > 900) & (counts < 1100)).all()
+    strengths = torch.cat([torch.cat(m) for m in drawn.values()])
+    assert strengths.abs().mean().item() == pytest.approx(0.5, abs=0.003)
+    assert strengths.abs().std().item() == pytest.approx(0.05, abs=0.002)
+    assert 0.48 < (strengths > 0).float().mean() < 0.52
+    drawn["invert"].clear()
+    train.rand_augment(torch.zeros(3000, 3, 1, 1), 10)
+    assert torch.cat(drawn["invert"]).abs().max() == 1  # never more than the largest
+
+
+def test_rand_augment_changes_each_image_alone():
+    x = torch.rand(1, 3, 16, 16).repeat(3000, 1, 1, 1)
+    y = train.rand_augment(x.clone(), 9)
+    untouched = (y == x).flatten(1).all(1).float().mean().item()
+    # both operations left out, 1/4, or without effect on this image
+    assert 0.23 < untouched < 0.33
+    assert len({tuple(image.flatten().tolist()) for image in y}) > 500
+
+
+def erased_rectangles(y):
+    """Height, width, area, top and left of what is not 0 in each image, if anything
+    is."""
+    erased = (y != 0).any(1)
+    rows, columns = erased.any(2), erased.any(1)
+    inside = rearrange(rows, "b h -> b h 1") & rearrange(columns, "b w -> b 1 w")
+    assert torch.equal(erased, inside)  # it is a rectangle
+    rows, columns = rows[rows.any(1)], columns[columns.any(1)]
+    height, width = rows.sum(1), columns.sum(1)
+    top, left = rows.int().argmax(1), columns.int().argmax(1)
+    return {"height": height, "width": width, "area": height * width, "top": top,
+            "left": left}
+
+
+def largest_difference(a, b):
+    """Of two samples' distribution functions: Kolmogorov's and Smirnov's statistic."""
+    values = torch.cat([a, b]).sort().values
+    shares = [torch.searchsorted(sample.sort().values, values, right=True) / len(sample)
+              for sample in (a, b)]
+    return (shares[0] - shares[1]).abs().max()
+
+
+def test_random_erase_is_torchvisions():
+    """The same distribution of sizes and places, and of how many images are erased."""
+    theirs = T.RandomErasing(0.6, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3),
+                             value="random")
+    zeros = torch.zeros(3000, 3, 32, 32)
+    ours = erased_rectangles(train.random_erase(zeros, 0.6))
+    theirs = erased_rectangles(torch.stack([theirs(image) for image in zeros]))
+    for name in ours:
+        assert 0.57 < len(ours[name]) / 3000 < 0.63
+        # by chance in 1 of 1,000
+        assert largest_difference(ours[name], theirs[name]) < 0.065, name
+
+
+def test_random_erase_fills_with_noise_of_its_own():
+    x = torch.full((2000, 3, 16, 16), 9.0)
+    y = train.random_erase(x, 1.0)
+    noise = y[y != 9]
+    assert abs(noise.mean()) < 0.01 and noise.std().item() == pytest.approx(1, abs=0.01)
+    assert noise.unique().numel() > 0.9 * len(noise)
+    assert torch.equal(train.random_erase(x, 0.0), x)
+
+
+def mixed_shares(mixup, cutmix, draws=400):
+    """The largest share of a class in each of many mixed batches, by kind."""
+    x, labels = torch.rand(2, 3, 16, 16), torch.arange(2)
+    shares = {"MixUp": [], "CutMix": []}
+    for _ in range(draws):
+        mixed, targets = train.mix(x, labels, 2, mixup, cutmix)
+        share, others = targets[0, 0], x.roll(1, 0)
+        kept = (mixed == x).all(1, True)
+        if torch.allclose(mixed, share * x + (1 - share) * others, atol=1e-5):
+            kind = "MixUp"
+        else:
+            kind = "CutMix"  # a rectangle of the other image, of the area in the targets
+            assert torch.equal(torch.where(kept, x, others), mixed)
+            torch.testing.assert_close(kept[0].float().mean(), share)
+        torch.testing.assert_close(targets.sum(1), torch.ones(2))
+        shares[kind].append(share.item())
+    return {kind: torch.tensor(values) for kind, values in shares.items()}
+
+
+def test_mixup_and_cutmix_are_drawn_equally_often():
+    shares = mixed_shares(0.8, 1.0)
+    assert 160 < len(shares["MixUp"]) < 240
+
+
+@pytest.mark.parametrize("alpha", [0.1, 2.0])
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_each_mix_has_its_alpha(kind, alpha):
+    """The distribution of shares is that of torchvision's transform with this alpha."""
+    x, labels = torch.rand(2, 3, 16, 16), torch.arange(2)
+    theirs = {"mixup": T.MixUp, "cutmix": T.CutMix}[kind](alpha=alpha, num_classes=2)
+    alphas = {"mixup": 0.0, "cutmix": 0.0} | {kind: alpha}
+    ours = torch.stack([train.mix(x, labels, 2, **alphas)[1][0, 0] for _ in range(400)])
+    peers = torch.stack([theirs(x, labels)[1][0, 0] for _ in range(400)])
+    assert largest_difference(ours, peers) < 0.14  # by chance in 1 of 1,000
+
+
+def test_mix_without_alphas_mixes_nothing():
+    x, labels = torch.rand(2, 3, 4, 4), torch.arange(2)
+    mixed, targets = train.mix(x, labels, 3, 0, 0)
+    assert torch.equal(mixed, x) and torch.equal(targets, F.one_hot(labels, 3).float())
+
+
+# --- What is drawn, held out and measured -----------------------------------------------
+
+
+def test_only_training_crops_large_images_at_random(small):
+    make_folder("data")
+    data = train.prepare_data(settings(f"{LARGE} --val-size 4"))
+    for part in (data.train, data.val, data.test):
+        draws = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            draws.append(part[[0, 1]][0])
+        assert torch.equal(draws[0], draws[1])
+        assert torch.equal(draws[0], draws[2]) != (part is data.train)
+        if part is not data.train:
+            whole_cut = T.Compose([T.Resize(82, T.InterpolationMode.BICUBIC),
+                                   T.CenterCrop(72)])
+            expected = TF.pil_to_tensor(whole_cut(train.as_shown(part.images[0])))
+            assert torch.equal(draws[0][0], expected)
+
+
+@pytest.mark.parametrize(("scale", "smallest"), [(0.08, 0.08), (0.7, 0.7)])
+def test_a_random_crop_has_an_area_from_crop_scale_to_1(small, scale, smallest):
+    make_folder("data")
+    square = train.prepare_data(settings(f"{LARGE} --crop-scale {scale}")).train.square
+    assert isinstance(square, T.RandomResizedCrop) and tuple(square.size) == (72, 72)
+    areas = [height * width for height, width in (
+        (params["height"], params["width"]) for params in (
+            square.make_params([torch.zeros(3, 1000, 1000)]) for _ in range(300)))]
+    assert 0.9 * smallest < min(areas) / 1e6 < smallest + 0.1 and max(areas) > 0.9e6
+
+
+def test_crop_scale_1_is_the_evaluations_square(small):
+    make_folder("data")
+    data = train.prepare_data(settings(f"{LARGE} --crop-scale 1"))
+    assert not isinstance(data.train.square, T.RandomResizedCrop)
+    evaluated = dataclasses.replace(data.test, images=data.train.images)
+    assert torch.equal(data.train[[0]][0], evaluated[[0]][0])
+
+
+def test_statistics_are_numpys(small):
+    """Of the training images, those held out included, and not of the test images."""
+    data = train.prepare_data(settings(f"{QUICK} --val-size 20"))
+    pixels = train.draw_shapes(5000, 32, seed=1).images.numpy() / 255
+    np.testing.assert_allclose(data.mean, pixels.mean((0, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(data.std, pixels.std((0, 2, 3)), rtol=1e-5)
+
+
+def test_statistics_of_large_images_are_without_random_crops(small):
+    make_folder("data")
+    data = train.prepare_data(settings(LARGE))
+    whole_cut = train.evaluation_square(72, None)
+    pixels = torch.stack([TF.pil_to_tensor(whole_cut(train.as_shown(path)))
+                          for path in data.train.images]).double() / 255
+    torch.testing.assert_close(data.mean, pixels.mean((0, 2, 3)).float())
+    torch.testing.assert_close(data.std, pixels.std((0, 2, 3), correction=0).float())
+
+
+def test_a_single_colour_does_not_divide_by_0():
+    images = train.Images(torch.full((4, 3, 8, 8), 51, dtype=torch.uint8),
+                          torch.zeros(4).long(), ["a"])
+    mean, std = train.channel_statistics(images, 0)
+    torch.testing.assert_close(mean, torch.full((3,), 0.2))
+    assert (std > 0).all() and std.isfinite().all()
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(50, 10), (53, 10), (7, 10)])
+def test_an_epoch_is_a_new_permutation(count, batch_size):
+    steps = max(1, count // batch_size)
+    batches = list(train.training_order(count, batch_size, 0, 0, 2 * steps))
+    assert [step for step, _ in batches] == [*range(2 * steps)]
+    epochs = [list(itertools.chain(*(numbers for _, numbers in part)))
+              for part in (batches[:steps], batches[steps:])]
+    for epoch in epochs:
+        assert len({*epoch}) == len(epoch) == min(count, steps * batch_size)
+        assert epoch != sorted(epoch) and {*epoch} <= {*range(count)}
+    assert epochs[0] != epochs[1]
+    assert batches[3:] == list(train.training_order(count, batch_size, 0, 3, 2 * steps))
+    assert batches != list(train.training_order(count, batch_size, 1, 0, 2 * steps))
+
+
+def test_seeds_never_meet():
+    """Also beyond 100 epochs, where those of the former formula did."""
+    seeds = {train.seed_for(seed, purpose, number) for seed in (0, 1)
+             for purpose in ("order", "augmentation", "network")
+             for number in range(3000)}
+    assert len(seeds) == 2 * 3 * 3000
+
+
+@pytest.mark.parametrize(("size", "held_out"), [("8", 8), ("0.19", 8), ("0", 0)])
+def test_held_out_images_are_of_each_class_equally_many(small, size, held_out):
+    labels = torch.arange(40) % 4
+    numbered = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 3, 1, 1)
+    images = train.Images(numbered, labels, [*"abcd"])
+    learned, val = train.hold_out(images, float(size))
+    assert len(learned) == 40 - held_out
+    if held_out:
+        assert val.labels.bincount().tolist() == [2] * 4
+        assert sorted([*learned.images[:, 0].flatten(),
+                       *val.images[:, 0].flatten()]) == [*range(40)]
+        again = train.hold_out(images, float(size))[1]
+        assert torch.equal(again.images, val.images)  # the same in each run
+    else:
+        assert val is None
+
+
+# --- What follows is about files, signals and machines ----------------------------------
+
+
+# --- Bad arguments and custom stems
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 31, 64), (1, 4, 64, 64), (3, 64, 64)], ids=str)
+def test_bad_images_are_named(shape):
+    with pytest.raises(ValueError, match=r"\(b, 3, h, w\) with h and w 32 or more"):
+        create_convnext("atto")(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("depths", "dims", "options", "message"), [
+    ((1,), (8,), {"drop_path": 1.5}, "drop_path must be at least 0 and below 1, not 1.5"),
+    ((1, 1), (8, 8), {"drop_path": -0.1}, "at least 0 and below 1, not -0.1"),
+    ((1,), (8,), {"patch_size": 0}, "patch_size must be 1 or more"),
+    ((1, 2), (8,), {}, r"for each stage, not \(1, 2\) and \(8,\)"),
+    ((), (), {}, r"for each stage, not \(\) and \(\)"),
+    ((1, 0), (8, 8), {}, r"1 or more, for each stage, not \(1, 0\)")], ids=str)
+def test_bad_arguments_are_named(depths, dims, options, message):
+    with pytest.raises(ValueError, match=message):
+        convnext.ConvNeXt(depths, dims, **options)
+
+
+def test_an_unknown_variant_and_an_even_kernel_are_named():
+    with pytest.raises(
+        ValueError, match="'teeny'; choose one of atto, femto, pico, nano"
+    ):
+        create_convnext("teeny")
+    with pytest.raises(ValueError, match="kernel_size must be odd, not 4"):
+        convnext.DepthwiseConv(8, 4)
+
+
+def test_roads_that_cannot_be_built_are_named():
+    with pytest.raises(ValueError, match="patch_size must be 1, 2 or 4, not 3"):
+        convnext.roadmap_network(convnext.DESIGNS["GELU"], patch_size=3)
+    for field in ("attention", "swin_block"):
+        with pytest.raises(ValueError, match="attention needs separate_downsampling"):
+            convnext.roadmap_network(convnext.DESIGNS["GELU"]._replace(**{field: True}))
+
+
+@pytest.mark.parametrize("layout", ["timm", "torchvision", "huggingface", "meta"])
+@pytest.mark.parametrize("part", ["classifier", "downsampling"])
+def test_layers_that_a_library_lacks_are_not_exported(part, layout):
+    model = create_convnext("atto", num_classes=5)
+    if part == "classifier":
+        model.head.fc = nn.Sequential(nn.Dropout(), model.head.fc)
+    else:
+        model.downsample_layers[1].append(nn.BatchNorm2d(80))
+    name = "head.fc.1.weight" if part == "classifier" else "downsample_layers.1.2.weight"
+    with pytest.raises(ValueError, match=f"{name} has no name in the layout '{layout}'"):
+        export_state_dict(model, layout)
+
+
+class PatchesByLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(48, 40)
+
+    def forward(self, x):
+        x = self.linear(rearrange(x, "b c (h p) (w q) -> b h w (c p q)", p=4, q=4))
+        return rearrange(x, "b h w c -> b c h w")
+
+
+@pytest.mark.parametrize("stem", [
+    PatchesByLinear(), nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 40, 1)),
+    nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 40, 3, 2, 1)),
+    nn.Sequential(nn.Conv2d(3, 40, 7, 2, 3), nn.MaxPool2d(3, 2, 1))],
+    ids=["linear", "unshuffle", "overlapping", "resnet"])
+@pytest.mark.parametrize("whole", [False, True], ids=["convolution", "whole stem"])
+def test_any_stem_can_take_the_place_of_patchify(stem, whole):
+    model = create_convnext("atto")
+    norm = model.downsample_layers[0][1]
+    if whole:
+        model.downsample_layers[0] = nn.Sequential(stem, norm)
+    else:
+        model.downsample_layers[0][0] = stem
+    x = torch.randn(1, 3, 32, 32)
+    first, *_, last = model.forward_pyramid(x)
+    torch.testing.assert_close(first, model.stages[0](norm(stem(x))))
+    assert last.shape == (1, 320, 1, 1)
+
+
+@pytest.mark.parametrize("how", ["stride", "layer"])
+def test_a_last_stage_at_full_resolution_takes_smaller_images(how):
+    """As for segmentation: the last downsampling layer keeps the resolution."""
+    model = create_convnext("atto")
+    layer = model.downsample_layers[3]
+    if how == "stride":
+        layer[1].stride = (1, 1)
+    else:
+        layer[1] = nn.Conv2d(160, 320, 3, padding=1)
+    size = 1 if how == "stride" else 2  # of the map: the 2x2 filter has no padding
+    assert model.forward_features(torch.randn(1, 3, 32, 32)).shape[2:] == (size, size)
+    if how == "layer":
+        assert model.forward_features(torch.randn(1, 3, 16, 16)).shape[2:] == (1, 1)
+
+
+def test_a_stem_that_is_no_sequence_runs():
+    model = create_convnext("atto")
+    model.downsample_layers[0] = PatchesByLinear()
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("first", [nn.Identity(), nn.Sequential()], ids=["identity", "empty"])
+def test_a_stem_without_layers_runs(first):
+    model = create_convnext("atto", num_classes=5)
+    model.downsample_layers[0] = first
+    x = torch.randn(1, 40, 8, 8)
+    torch.testing.assert_close(model.forward_pyramid(x)[0], model.stages[0](x))
+
+
+def test_the_example_at_the_top_names_what_exists():
+    example, _, _ = convnext.__doc__.partition("\n\nIt needs")
+    code = ast.parse(textwrap.dedent(example.partition("\n\n")[2]))
+    used = [node for node in ast.walk(code) if isinstance(node, ast.Attribute)]
+    found = [node.attr for node in used if getattr(node.value, "id", "") == "convnext"]
+    assert len(found) == 8 and all(hasattr(convnext, name) for name in found)
+    names = [node for node in ast.walk(code) if isinstance(node, ast.Name)]
+    assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    assert {node.id for node in names} - assigned == {"torch", "convnext"}
+
+
+def test_no_loop_leaves_variables_in_the_module():
+    left = [name for name, value in vars(convnext).items()
+            if name.islower() and not name.startswith("__")
+            and not callable(value) and not isinstance(value, type(os))]
+    assert not left
+
+
+def test_the_command_prints_the_road():
+    run = subprocess.run([sys.executable, HERE / "convnext.py", "--road"], check=True,
+                         capture_output=True, text=True)
+    assert run.stdout.splitlines() == list(convnext.road_table())
+
+
+# --- Exports and wrappers
+
+
+def test_speed_up_draws_no_random_numbers_and_leaves_layers_with_a_stride():
+    network = convnext.roadmap_network(convnext.DESIGNS["GELU"]._replace(width=8), 10)
+    before = torch.get_rng_state()
+    convnext.speed_up(network)
+    assert torch.equal(torch.get_rng_state(), before)
+    layers = [m for m in network.modules() if isinstance(m, convnext.DepthwiseConv)]
+    kinds = [type(layer) for layer in layers if layer.stride == (2, 2)]
+    assert kinds == [convnext.DepthwiseConv] * 3
+    assert sum(type(layer) is convnext.FastDepthwiseConv for layer in layers) == 15
+
+
+def test_training_is_evaluation_whatever_is_edited(speed_up, monkeypatch):
+    model, x = four_blocks(), torch.randn(2, 3, 64, 64)
+    usual = logits_of(model, x)
+
+    def gated(mlp, x):
+        h = mlp.pwconv1(x)
+        return mlp.pwconv2(mlp.act(h) * h)
+
+    def doubled(layer, x):
+        return nn.Conv2d.forward(layer, 2 * x)
+
+    def padded(layer, x, weight, bias):
+        return F.conv2d(2 * x, weight, bias, padding=3, groups=len(weight))
+
+    for edited, method, forward in ((convnext.InvertedBottleneck, "forward", gated),
+                                    (convnext.DepthwiseConv, "forward", doubled),
+                                    (convnext.DepthwiseConv, "_conv_forward", padded)):
+        with monkeypatch.context() as patch:
+            patch.setattr(edited, method, forward)
+            changed = speed_up(copy.deepcopy(model))
+            logits = changed.train()(x)
+            assert (
+                logits.requires_grad and (logits - usual).abs().max() > 0.1 * usual.std()
+            )
+            torch.testing.assert_close(logits_of(changed, x), logits.detach())
 
 
 def test_torch_func(speed_up):
@@ -1090,7 +2381,7 @@ def test_wrapped_models_are_unwrapped_everywhere(wrap):
                 function(stranger, "timm")
 
 
-# --- Weights ----------------------------------------------------------------------------
+# --- Files of weights
 
 
 class Malicious:
@@ -1511,24 +2802,6 @@ def test_a_backbone_another_head_another_stem():
     torch.testing.assert_close(from_checkpoint(base)(x), model.head.norm(features))
 
 
-@pytest.mark.parametrize("layout", convnext.LAYOUTS)
-@pytest.mark.parametrize(("depths", "dims", "options"), [
-    ((2, 4, 2), (96, 192, 384), {"num_classes": 10, "patch_size": 2}),
-    ((1, 1), (8, 16), {"grn": True, "layer_scale": 0.0, "num_classes": 21_841}),
-    ((1, 1, 1, 1, 1, 45), (8, 8, 16, 16, 24, 24), {"num_classes": 0, "in_channels": 1}),
-    ((3,), (24,), {"num_classes": 1, "patch_size": 1, "in_channels": 5})], ids=str)
-def test_from_checkpoint_infers_the_network(depths, dims, options, layout):
-    with torch.device("meta"):
-        model = convnext.ConvNeXt(depths, dims, **options)
-    if layout == "timm" or (layout == "torchvision" and "grn" in options):
-        pytest.skip("it has no such network")
-    weights = convnext.read_weights(export_state_dict(model, layout))
-    assert convnext.infer_architecture(weights) == {
-        "depths": depths, "dims": dims, "grn": False, "in_channels": 3, "patch_size": 4,
-        "num_classes": 1000, "layer_scale": 1e-6} | options
-    assert convnext.variant_of(depths, dims, "grn" in options) is None
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -1545,6 +2818,9 @@ def test_other_networks_are_refused(name, message):
         state = timm.create_model(name).state_dict()
     with pytest.raises(ValueError, match=message):
         from_checkpoint(state)
+
+
+# --- Weights from timm, the hub and addresses
 
 
 def no_connection(*args, **kwargs):
@@ -1771,918 +3047,7 @@ def test_what_tensors_do_not_tell_is_read_beside_them(config, message, name, tmp
             from_checkpoint(tmp_path / name)
 
 
-@network
-@pytest.mark.parametrize(("source", "expected"), [
-    ("timm:convnext_tiny.fb_in1k", [-0.0260, -0.4739, 0.1911]),
-    ("hf:facebook/convnext-tiny-224", [-0.0260, -0.4739, 0.1911]),
-    ("https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224_ema.pth",
-     [-0.0260, -0.4739, 0.1911]),
-    ("hf:facebook/convnextv2-tiny-1k-224", [0.9996, 0.1966, -0.4386])])
-def test_published_weights_on_two_cats(source, expected, request, tmp_path):
-    """The logits in transformers' tests and programs; resizing varies by 1e-3."""
-    if "network" not in request.config.getoption("-m"):
-        pytest.skip("needs a network: pytest -m network")
-    path, _ = urllib.request.urlretrieve(
-        "http://images.cocodataset.org/val2017/000000039769.jpg", tmp_path / "cats.jpg")
-    cut = timm.data.create_transform(224, crop_pct=0.875, interpolation="bicubic")
-    logits = logits_of(
-        from_checkpoint(source), cut(PIL.Image.open(path).convert("RGB"))[None]
-    )
-    assert logits.argmax() == 281  # tabby cat
-    torch.testing.assert_close(logits[0, :3], torch.tensor(expected), atol=3e-3, rtol=0)
-
-
-# --- The recipe -------------------------------------------------------------------------
-# From here on: train.py, in its order. A test states what a run has to do, and does not
-# compare a run with itself. Nearly all take a network of two blocks.
-
-SMALLEST = "--depths 1 1 --dims 8 16 --patch-size 4 --device cpu --amp off -j 0"
-# 100 training images of 8 shapes: 3 steps an epoch
-QUICK = f"{SMALLEST} --dataset synthetic -b 32"
-PLAIN = "--crop-padding 0 --flip 0 --rand-augment 0 --random-erase 0 --mix-prob 0"
-posix = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
-
-
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """An empty folder, 100 training and 20 test images of shapes in place of 5,000 and
-    1,000, and one block per stage on the road. The machine's settings stay as they
-    were."""
-    draw = train.draw_shapes
-
-    def draw_fewer(count, size, seed):
-        return draw(count // 50, size, seed)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "draw_shapes", draw_fewer)
-    monkeypatch.setattr(train, "tune_backends", lambda: None)
-    for step, design in convnext.DESIGNS.items():
-        monkeypatch.setitem(convnext.DESIGNS, step, design._replace(depths=(1, 1, 1, 1)))
-    train.note.cache_clear()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several are slower with such small networks
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    return request.param
-
-
-def settings(line):
-    """The recipe that a command line comes to."""
-    typed = train.parse(shlex.split(line))
-    origin = typed.get("resume") or typed.get("eval_only") or typed.get("init_from")
-    return train.combine(typed, train.open_source(origin) if origin else None)
-
-
-def prepared(line):
-    """The run that a command line begins, before its first step."""
-    recipe = settings(f"{line} --output run")
-    return train.prepare_run(recipe, train.prepare_data(recipe), None)
-
-
-def outcome(line):
-    """The exit code of a command line, or its error. Any other exception is a failure."""
-    try:
-        return str(train.main(shlex.split(line)))
-    except (train.UserError, SystemExit, KeyboardInterrupt) as error:
-        return f"{type(error).__name__}: {error}"
-
-
-def spy(monkeypatch, name, record):
-    """Pass the arguments of train's function to `record` before each call."""
-    function = getattr(train, name)
-
-    def recorded(*args, **more):
-        record(*args, **more)
-        return function(*args, **more)
-
-    monkeypatch.setattr(train, name, recorded)
-
-
-def scores_of(model, images, labels, mean, std):
-    """Loss and top-1 by PyTorch alone."""
-    x = T.Normalize(list(mean), list(std))(images / 255)
-    with torch.inference_mode():
-        logits = model.eval()(x)
-    top1 = 100 * (logits.argmax(1) == labels).float().mean()
-    return F.cross_entropy(logits, labels).item(), top1.item()
-
-
-def read_csv(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.fixture
-def pretrained(small):
-    """The weights of a short run with eight classes and statistics of its own."""
-    line = f"{QUICK} --epochs 1 --lr 0.002 --layer-scale 0.1 --output first"
-    assert outcome(line) == "0"
-    return "first/weights.safetensors"
-
-
-# --- Settings
-
-
-@pytest.mark.parametrize(("line", "expected"), [
-    pytest.param("", {
-        "variant": "tiny", "patch_size": 2, "img_size": 32, "epochs": 100,
-        "batch_size": 128, "optimizer": "adamw", "lr": 1e-3, "min_lr": 1e-6,
-        "schedule": "cosine", "warmup": 5, "beta2": 0.999, "weight_decay": 0.05,
-        "clip_grad": 0, "label_smoothing": 0.1, "drop_path": 0.1, "layer_scale": 0,
-        "init": "fan-in", "crop_padding": 4, "flip": 0.5, "rand_augment": 9,
-        "random_erase": 0.25, "mixup": 0.8, "cutmix": 1, "mix_prob": 1,
-        "mixed_epochs": 90, "ema_horizon": 0.04, "start_size": 0, "val_size": 0,
-        "tta": False},
-        id="defaults"),
-    pytest.param("--recipe fast", {
-        "variant": "atto", "patch_size": 1, "drop_path": 0, "optimizer": "muon",
-        "lr": 3e-3, "muon_lr": 0.02, "beta2": 0.95, "weight_decay": 0.02,
-        "schedule": "linear", "min_lr": 0, "batch_size": 256, "epochs": 40,
-        "ema_horizon": 0, "rand_augment": 5, "mix_prob": 0, "start_size": 24, "tta": True,
-        "warmup": 2, "label_smoothing": 0.1, "random_erase": 0.25},
-        id="fast"),
-    pytest.param("--init-from first/weights.safetensors --recipe finetune", {
-        "epochs": 30, "lr": 1.25e-5, "min_lr": 2.5e-7, "warmup": 0, "weight_decay": 1e-8,
-        "layer_decay": 0.8, "rand_augment": 9, "mixup": 0, "cutmix": 0,
-        "random_erase": 0.25, "label_smoothing": 0.1, "clip_grad": 0,
-        "head_init_scale": 0.001, "drop_path": 0, "ema_horizon": 0, "depths": (1, 1),
-        "dims": (8, 16), "patch_size": 4, "img_size": 32},
-        id="finetune: the paper's table 6 at a quarter of its batch"),
-    pytest.param("--epochs 40 --init paper", {"init": "paper", "warmup": 2,
-                                              "mixed_epochs": 36},
-                 id="typed"),
-    pytest.param("--recipe fast --epochs 100 --layer-scale 0.1 --no-tta --variant tiny",
-                 {"epochs": 100, "layer_scale": 0.1, "tta": False, "variant": "tiny"},
-                 id="typed over fast"),
-    pytest.param("--recipe fast --patch-size 2", {"start_size": 0},
-                 id="24 px do not fit"),
-    pytest.param("--recipe fast --img-size 96", {"start_size": 0}, id="24 px are for 32"),
-    pytest.param("--init-from first/last.pt --recipe finetune -b 256 --mixup 1 --lr 1e-3",
-                 {"min_lr": 2e-5, "mixup": 1, "lr": 1e-3}, id="typed over finetune"),
-    pytest.param("--init-from first/weights.safetensors", {
-        "depths": (1, 1), "dims": (8, 16), "layer_scale": 1e-6, "lr": 1e-3,
-        "batch_size": 128},
-        id="init-from takes the network alone"),
-    pytest.param("--init-from first/weights.safetensors --patch-size 2 --variant tiny",
-                 {"patch_size": 2, "variant": "tiny", "depths": None},
-                 id="typed over weights"),
-    pytest.param("--init-from first/weights.safetensors --freeze-backbone",
-                 {"drop_path": 0}, id="freeze-backbone"),
-    pytest.param("--eval-only first/weights.safetensors", {
-        "dataset": "synthetic", "depths": (1, 1), "epochs": 100},
-        id="eval-only takes the data set"),
-    pytest.param("--eval-only first/weights.safetensors --dataset cifar10",
-                 {"dataset": "cifar10"}, id="typed over eval-only"),
-    pytest.param("--resume first/last.pt", {
-        "lr": 0.002, "layer_scale": 0.1, "output": "first", "epochs": 1},
-        id="resume takes all"),
-    pytest.param("--resume first/last.pt --lr 0.002 -j 3 --data-dir x",
-                 {"lr": 0.002, "workers": 3, "data_dir": "x"}, id="typed over resume"),
-    pytest.param("--resume first/last.pt --data-dir ~/x",
-                 {"data_dir": os.path.expanduser("~/x")}, id="home")])
-def test_settings_by_precedence(request, line, expected):
-    if "first/" in line:
-        request.getfixturevalue("pretrained")
-    recipe = settings(line)
-    for name, value in expected.items():
-        assert getattr(recipe, name) == (
-            pytest.approx(value) if isinstance(value, float) else value), name
-
-
-@pytest.mark.parametrize(("variant", "drop_path", "ema_horizon"), [
-    ("tiny", 0, 0), ("small", 0.1, 0), ("base", 0.2, 0), ("v2_base", 0.2, 0),
-    ("large", 0.3, 0), ("xlarge", 0.4, 0.13), ("v2_huge", 0.4, 0)])
-def test_fine_tuning_by_size(variant, drop_path, ema_horizon):
-    table = train.finetune(train.Recipe(variant=variant, batch_size=512))
-    assert (table["drop_path"], table["ema_horizon"]) == (drop_path, ema_horizon)
-    assert (table["lr"], table["min_lr"]) == (5e-5, 1e-6)
-
-
-@pytest.mark.parametrize(("line", "img_size", "crop_pct"), [
-    ("", 224, 0.95), ("--img-size 224", 224, 0.95), ("--img-size 320", 320, None),
-    ("--img-size 320 --crop-pct 0.9", 320, 0.9), ("--crop-pct 0.875", 224, 0.875)])
-@pytest.mark.parametrize("use", ["--init-from", "--eval-only"])
-def test_the_crop_of_weights_belongs_to_their_size(monkeypatch, use, line, img_size,
-                                                   crop_pct):
-    state = export_state_dict(create_convnext("atto"), "timm")
-    images = {**train.IMAGENET, "crop_pct": 0.95}
-    monkeypatch.setattr(convnext, "read_source", lambda _: (state, {}, images))
-    recipe = settings(f"{use} timm:name --dataset imagenet {line}")
-    assert (recipe.img_size, recipe.crop_pct) == (img_size, crop_pct)
-    assert train.network_name(recipe) == "ConvNeXt-atto"
-
-
-@pytest.mark.parametrize(("values", "message"), [
-    ({"epochs": "3"}, "--epochs must be a whole number in [1, inf), not '3'"),
-    ({"lr": "x"}, "--lr must be a number in (0, inf), not 'x'"),
-    ({"lr": math.nan}, "--lr must be a number in (0, inf), not nan"),
-    ({"tta": 1}, "--tta must be"), ({"epochs": True}, "--epochs must be a whole number"),
-    ({"depths": [1, 2]}, "--depths and --dims must have one length"),
-    ({"depths": [], "dims": []}, "--depths must be whole numbers in [1, inf), not []"),
-    ({"variant": "teeny"}, "--variant must be one of"),
-    ({"epochs": None}, "--epochs must be")],
-    ids=str)
-def test_wrong_values_from_python(values, message):
-    if "epochs" in values:
-        message = message.replace("[1, inf)", "[1, 1000000]")
-    with pytest.raises(train.UserError, match=re.escape(message)):
-        train.Recipe(**values)
-
-
-def test_recipe_from_python():
-    # whole numbers are fine
-    recipe = train.Recipe(mixup=0, lr=1, warmup_epochs=5, epochs=10)
-    assert (recipe.mixup, recipe.lr) == (0.0, 1.0)
-    recipe = dataclasses.replace(train.Recipe(epochs=10), epochs=100)
-    assert (recipe.warmup, recipe.mixed_epochs) == (5, 90)  # not those of 10 epochs
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        recipe.lr = -5
-
-
-def test_images_are_small_for_a_share_of_the_epochs():
-    recipe = train.Recipe(start_size=16, epochs=10, start_share=0.3)
-    assert [recipe.size_at(epoch) for epoch in range(10)] == [16] * 3 + [32] * 7
-    assert train.Recipe().size_at(0) == 32
-
-
-# --- The run
-
-
-def received(monkeypatch, line):
-    """What train_step is given in each step of a run: images, targets and the random
-    seed."""
-    steps = []
-
-    def record(model, optimizers, x, targets, *_):
-        content = x.numpy().tobytes() + targets.numpy().tobytes()
-        steps.append((content, torch.initial_seed()))
-
-    with monkeypatch.context() as patch:
-        spy(patch, "train_step", record)
-        assert outcome(f"{line} --epochs 3 --output received") == "0"
-    shutil.rmtree("received")
-    return steps
-
-
-def test_random_numbers_follow_from_seed_and_step(small, monkeypatch):
-    """Images, augmentation and stochastic depth differ in each step, and with each
-    seed."""
-    steps = received(monkeypatch, f"{QUICK} --seed 1")
-    assert steps == received(monkeypatch, f"{QUICK} --seed 1")
-    others = received(monkeypatch, f"{QUICK} --seed 2")
-    contents, seeds = zip(*steps + others)
-    assert len(set(contents)) == len(set(seeds)) == 18
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_number_of_workers_changes_no_bit(small, monkeypatch, workers):
-    assert (received(monkeypatch, f"{QUICK} -j {workers}")
-            == received(monkeypatch, QUICK))
-
-
-def test_the_same_images_are_augmented_by_seed_and_step(small):
-    recipe = settings(f"{QUICK} --mix-prob 0")
-    data, numbers = train.prepare_data(recipe), [*range(8)]
-    batches = [train.TrainingBatches(data, dataclasses.replace(recipe, seed=seed),
-        epoch_steps=3)[
-        step, numbers][0] for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))]
-    assert torch.equal(batches[0], batches[1])
-    for one, other in itertools.combinations(batches[1:], 2):
-        assert not any(map(torch.equal, one, other))
-
-
-def test_initial_weights_follow_from_the_seed(small):
-    models = [prepared(f"{QUICK} --seed {seed}").model.state_dict() for seed in (0, 0, 1)]
-    name = "stages.0.0.dwconv.weight"
-    assert torch.equal(models[0][name], models[1][name])
-    assert not torch.equal(models[0][name], models[2][name])
-
-
-def test_without_augmentation_the_network_sees_every_training_image_once(small,
-                                                                         monkeypatch):
-    """Normalized with the training images' statistics, and with its own label."""
-    seen = []
-    spy(monkeypatch, "train_step", lambda model, optimizers, x, targets, *_: seen.append(
-        (x.clone(), targets.clone())))
-    assert outcome(f"{QUICK} {PLAIN} -b 25 --epochs 1 --output run") == "0"
-    x, targets = map(torch.cat, zip(*seen))
-    images = train.draw_shapes(5000, 32, seed=1)
-    pixels = images.images.double() / 255
-    mean, std = pixels.mean((0, 2, 3), True), pixels.std((0, 2, 3), False, keepdim=True)
-    expected = ((pixels - mean) / std).float()
-    order = torch.cdist(x.flatten(1), expected.flatten(1)).argmin(1)
-    assert sorted(order.tolist()) == [*range(100)] != order.tolist()
-    torch.testing.assert_close(x, expected[order], atol=1e-5, rtol=1e-5)
-    assert torch.equal(targets, F.one_hot(images.labels[order], 8).float())
-
-
-def measured(monkeypatch, line):
-    """(images, which model, tta) of each evaluation in a run."""
-    calls, run = [], []
-    spy(monkeypatch, "train", run.append)
-
-    def record(model, batches, mean, std, precision, tta=False):
-        models = {"raw": run[0].model, "average": run[0].best_model}
-        names = [name for name, its_model in models.items()
-                 if model is its_model or model is run[0].ema]
-        assert torch.equal(mean, run[0].data.mean) and torch.equal(std, run[0].data.std)
-        batches = list(batches)
-        images = torch.cat([images for images, _ in batches])
-        calls.append((images.numpy().tobytes(),
-                      names[-1] if model is not run[0].model else "raw", tta))
-        return evaluate(model, batches, mean, std, precision, tta)
-
-    evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", record)
-    assert outcome(f"{line} --output run") == "0"
-    return calls, run[0]
-
-
-def test_held_out_images_choose_and_test_images_report(small, monkeypatch):
-    calls, run = measured(monkeypatch,
-                          f"{QUICK} --epochs 2 --val-size 30 --ema-horizon 0.5 --tta")
-    val = run.data.val.images.numpy().tobytes()
-    test = train.draw_shapes(1000, 32, seed=0).images.numpy().tobytes()
-    assert calls[:4] == 2 * [(val, "raw", False), (val, "average", False)]
-    # last, best
-    assert calls[4:] == 2 * [(test, "average", False), (test, "average", True)]
-
-
-def test_without_held_out_images_the_test_images_are_measured(small, monkeypatch):
-    calls, _ = measured(monkeypatch, f"{QUICK} --epochs 1 --ema-horizon 0")
-    test = train.draw_shapes(1000, 32, seed=0).images.numpy().tobytes()
-    assert calls == 2 * [(test, "raw", False)]
-    assert not Path("run/best.pt").exists()
-
-
-@pytest.mark.parametrize(("horizon", "column", "scores"), [
-    (0.5, "val_ema_top1", [1, 2, 2, 9, 11, 5]), (0, "val_top1", [1, 9, 9])])
-def test_best_is_the_first_epoch_that_is_best(small, monkeypatch, horizon, column,
-                                              scores):
-    """The second, by the averaged weights if there are any. (Scores: raw, average, raw,
-    ...)"""
-    scores = iter(scores)
-    evaluate = train.evaluate
-
-    def score(*args):
-        score = {"top1": next(scores)} if len(args) == 5 else {}  # not in the report
-        return evaluate(*args) | score
-
-    monkeypatch.setattr(train, "evaluate", score)
-    line = f"{QUICK} --epochs 3 --val-size 30 --ema-horizon {horizon} --output run"
-    assert outcome(line) == "0"
-    state = torch.load("run/best.pt", weights_only=True)
-    assert state["history"][-1]["epoch"] == 2 and state["history"][-1][column] == 9
-    assert state["step"] == 4  # 70 images: 2 steps an epoch
-
-
-def test_held_out_images_are_not_trained_on(small):
-    data = train.prepare_data(settings(f"{QUICK} --val-size 30"))
-    learned, held_out, whole = ({image.numpy().tobytes() for image in part.images}
-        for part in (
-        data.train, data.val, train.draw_shapes(5000, 32, seed=1)))
-    assert (len(learned), len(held_out)) == (70, 30)
-    assert not learned & held_out and learned | held_out == whole
-
-
-def test_the_average_is_what_is_saved_and_reported(small, monkeypatch, capsys):
-    """At a horizon of three steps, where it differs from the weights."""
-    path, name = [], "stages.1.0.mlp.pwconv1.weight"
-    step = train.train_step
-
-    def record(model, *args):
-        loss = step(model, *args)
-        path.append(model.state_dict()[name].clone())
-        return loss
-
-    monkeypatch.setattr(train, "train_step", record)
-    assert outcome(f"{QUICK} --lr 0.01 --epochs 2 --ema-horizon 0.5 --output run") == "0"
-    average = path[0]
-    for weights in path[1:]:
-        average = average + (weights - average) / 3
-    saved, state = load_file("run/weights.safetensors"), torch.load("run/last.pt")
-    torch.testing.assert_close(saved[name], average)
-    assert all(torch.equal(saved[key], state["ema"][f"module.{key}"]) for key in saved)
-    assert torch.equal(state["model"][name], path[-1])
-    assert not torch.allclose(saved[name], path[-1], rtol=1e-3)
-
-    text, row = capsys.readouterr().out, read_csv("run/metrics.csv")[-1]
-    test = train.draw_shapes(1000, 32, seed=0)
-    for prefix, weights in (("test_ema", "run/weights.safetensors"),
-                            ("test", state["model"])):
-        loss, top1 = scores_of(
-            from_checkpoint(weights), test.images, test.labels, state["mean"],
-            state["std"])
-        assert float(row[f"{prefix}_loss"]) == pytest.approx(loss, rel=1e-5)
-        assert float(row[f"{prefix}_top1"]) == pytest.approx(top1)
-    loss, top1, top5 = (float(row[f"test_ema_{name}"]) for name
-                        in ("loss", "top1", "top5"))
-    line = f"test loss {loss:.4f}  top-1 {top1:.2f} %"
-    assert f"run/last.pt: {line}  top-5 {top5:.2f} %  of 20 images" in text
-    for file in ("last.pt", "weights.safetensors"):
-        assert outcome(f"--eval-only run/{file} --device cpu --amp off") == "0"
-        assert f"run/{file}: {line}" in capsys.readouterr().out
-
-
-def test_metrics_are_the_steps_means(small, monkeypatch):
-    losses, lrs = [], []
-    step = train.train_step
-
-    def record(model, optimizers, x, targets, lr, *more):
-        losses.append(step(model, optimizers, x, targets, lr, *more).item())
-        lrs.append(lr)
-        return torch.tensor(losses[-1])
-
-    monkeypatch.setattr(train, "train_step", record)
-    assert outcome(f"{QUICK} --epochs 5 --eval-every 2 --min-lr 5e-4 --output run") == "0"
-    rows = read_csv("run/metrics.csv")
-    assert [row["epoch"] for row in rows] == [*"12345"]
-    assert [bool(row["test_top1"]) for row in rows] == [False, True, False, True, True]
-    means = torch.tensor(losses, dtype=torch.double).view(5, 3).mean(1).tolist()
-    assert [float(row["train_loss"]) for row in rows] == pytest.approx(means, rel=1e-5)
-    assert [float(row["lr"]) for row
-            in rows] == lrs[2::3] and lrs[-1] == pytest.approx(5e-4)
-    for row in rows:
-        images = float(row["images_per_s"]) * float(row["seconds"])
-        assert images == pytest.approx(96) and 0 < float(row["data_share"]) < 1
-
-
-def test_a_run_learns(small, monkeypatch):
-    """Eight shapes, 1,000 images of them six times: from 12.5 % to some 55 %."""
-    draw = train.draw_shapes
-
-    def draw_more(count, size, seed):
-        return draw(10 * count, size, seed)
-
-    monkeypatch.setattr(train, "draw_shapes", draw_more)
-    line = f"{QUICK} --epochs 6 --lr 4e-3 --optimizer muon --mix-prob 0 --rand-augment 0"
-    assert outcome(f"{line} --random-erase 0 --output run") == "0"
-    row = read_csv("run/metrics.csv")[-1]
-    assert float(row["test_ema_top1"]) > 40 and float(row["train_loss"]) < 1.5
-
-
-@pytest.mark.parametrize(("line", "seen"), [
-    ("--drop-path 0.3", lambda run: run.model.stages[1][0].drop_path.p == 0.3),
-    ("--head-init-scale 0.5", lambda run: 0.4 < run.model.head.fc.weight.std() / 0.02
-     < 0.6),
-    ("--layer-scale 0.3", lambda run: (run.model.stages[0][0].layer_scale.gamma
-                                       == 0.3).all()),
-    ("--init paper", lambda run: 0.015 < run.model.stages[1][0].dwconv.weight.std()
-     < 0.025),
-    ("--init fan-in", lambda run: 0.1 < run.model.stages[1][0].dwconv.weight.std()
-     < 0.15),
-    ("--grn", lambda run: hasattr(run.model.stages[0][0].mlp, "grn")),
-    ("--patch-size 2", lambda run: run.model.downsample_layers[0][0].stride == (2, 2)),
-    ("--beta2 0.5", lambda run: run.optimizers[0].param_groups[0]["betas"] == (0.9, 0.5)),
-    ("--wd 0.7", lambda run: {g["weight_decay"] for g in run.optimizers[0].param_groups}
-     == {0.7, 0}),
-    ("--optimizer sgd", lambda run: run.optimizers[0].param_groups[0]["momentum"] == 0.9),
-    ("--optimizer muon --muon-lr 0.3",
-     lambda run: run.optimizers[1].param_groups[0]["lr_scale"] == pytest.approx(300)),
-    ("--layer-decay 0.5",
-     lambda run: min(g["lr_scale"] for g in run.optimizers[0].param_groups) == 0.125),
-    ("--amp bf16", lambda run: run.precision == torch.bfloat16),
-    ("--amp off", lambda run: run.precision == torch.float32
-     and not run.scaler.is_enabled()),
-    ("--ema-horizon 0", lambda run: run.ema is None and run.best_model is run.model),
-    ("--epochs 7 -b 50", lambda run: (run.epoch_steps, run.total) == (2, 14)),
-    ("-b 128", lambda run: run.epoch_steps == 1)],
-    ids=lambda value: value if type(value) is str else "")
-def test_a_flag_reaches_the_run(small, line, seen):
-    assert seen(prepared(f"{QUICK} {line}"))
-
-
-def test_on_a_cpu_the_network_is_sped_up(small):
-    assert isinstance(prepared(QUICK).model.stages[0][0].dwconv,
-                      convnext.FastDepthwiseConv)
-
-
-def test_flags_reach_the_step(small, monkeypatch):
-    seen = []
-    spy(monkeypatch, "train_step", lambda *args: seen.append(args))
-    line = "--amp bf16 --lr 0.01 --schedule linear --warmup-epochs 1 --min-lr 0.001"
-    assert outcome(f"{QUICK} {line} --epochs 4 --output run") == "0"
-    rise, fall = [0.01 / 3, 0.02 / 3, 0.01], [0.01 - 0.001 * i for i in range(9)]
-    assert [args[4] for args in seen] == pytest.approx(rise + fall)
-    recipe, precision, scaler, teacher = seen[0][5:]
-    assert recipe == settings(f"{QUICK} {line} --epochs 4 --output run")
-    assert precision == torch.bfloat16 and not scaler.is_enabled() and teacher is None
-
-
-def test_images_grow_and_mixing_ends(small, monkeypatch):
-    seen = []
-    spy(monkeypatch, "train_step", lambda model, optimizers, x, targets, *_: seen.append(
-        (x.shape[-1], bool((targets.max(1).values < 1).any()))))
-    assert outcome(f"{QUICK} --start-size 16 --epochs 4 -b 50 --mix-off-epochs 1 "
-                   "--output run") == "0"
-    assert seen == [(16, True)] * 4 + [(32, True)] * 2 + [(32, False)] * 2
-
-
-def test_tensorboard_shows_what_metrics_csv_has(small):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    assert outcome(f"{QUICK} --epochs 3 --eval-every 2 --output run") == "0"
-    events, rows = EventAccumulator("run").Reload(), read_csv("run/metrics.csv")
-    assert {*events.Tags()["scalars"]} == rows[-1].keys() - {"epoch", "step"}
-    for name in events.Tags()["scalars"]:
-        logged = {str(event.step): event.value for event in events.Scalars(name)}
-        expected = {row["epoch"]: float(row[name]) for row in rows if row[name]}
-        assert logged == pytest.approx(expected, rel=1e-6), name
-
-
-def test_tensorboard_of_a_resumed_run_has_each_epoch_once(small, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", at_call(5, train.train_step, interrupt))
-        assert outcome(f"{QUICK} --epochs 3 --output run") == "130"
-    assert outcome("--resume run/last.pt") == "0"
-    events = EventAccumulator("run").Reload()
-    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3]
-
-
-def at_call(number, function, action):
-    """The function, but before its call of this number the action happens."""
-    calls = itertools.count(1)
-
-    def wrapped(*args, **more):
-        if next(calls) == number:
-            action()
-        return function(*args, **more)
-
-    return wrapped
-
-
-def interrupt():
-    signal.raise_signal(signal.SIGINT)
-
-
-VARIABLE = ("seconds", "images_per_s", "data_share", "waiting", "output", "resume",
-            "workers")  # times and places
-
-
-def without_times(content):
-    """Nested content with tensors as bytes, to be compared whole."""
-    if isinstance(content, dict):
-        return {name: without_times(value) for name, value in content.items()
-                if name not in VARIABLE}
-    if isinstance(content, list | tuple):
-        return [without_times(value) for value in content]
-    return content.numpy().tobytes() if isinstance(content, torch.Tensor) else content
-
-
-@pytest.mark.parametrize(("line", "at_resume"), [
-    pytest.param(f"{QUICK} --val-size 20", "", id="adamw"),
-    pytest.param(f"{QUICK} --optimizer muon --ema-horizon 0.5 --start-size 16", "",
-                 id="muon, average, growing images"),
-    pytest.param(f"{QUICK} --teacher first/last.pt --accumulate 2 --clip-grad 1", "-j 1",
-                 id="teacher, accumulation"),
-    pytest.param(f"{QUICK} --amp bf16", "", id="bfloat16", marks=pytest.mark.skipif(
-        not train.cpu_has_bfloat16(), reason="slow on this CPU")),
-    pytest.param(f"{SMALLEST} --dataset folder -b 4 --img-size 72 -j 1", "-j 2",
-                 id="random crops in workers"),
-    pytest.param(f"{QUICK} --road ResNet-50 --width 8 --optimizer sgd", "",
-                 id="BatchNorm")])
-def test_a_stopped_run_ends_with_the_same_bits(request, monkeypatch, line, at_resume):
-    """Stopped in the middle of the second of three epochs of three steps."""
-    request.getfixturevalue("pretrained" if "first" in line else "small")
-    if "folder" in line:
-        make_folder("data")
-    if "--road" in line:
-        line = line.replace("--depths 1 1 --dims 8 16", "")
-    line += " --epochs 3 --output "
-    assert outcome(line + "whole") == "0"
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", at_call(5, train.train_step, interrupt))
-        assert outcome(line + "parts") == "130"
-    assert torch.load("parts/last.pt", weights_only=True)["step"] == 5
-    torch.rand(7)  # the random state at the time does not matter
-    assert outcome(f"--resume parts/last.pt {at_resume}") == "0"
-    for name, read in (("last.pt", torch.load), ("metrics.csv", read_csv),
-                       ("weights.safetensors", load_file)):
-        whole_, parts = (without_times(read(f"{run}/{name}")) for run
-                         in ("whole", "parts"))
-        assert parts == whole_, name
-
-
-# --- One step
-
-
-@pytest.mark.parametrize(("optimizer", "parts", "tolerance"), [
-    ("adamw", 3, 0.01), ("sgd", 1, 0.01),
-    ("muon", 1, 0.2)])  # in bfloat16, which rounds small singular values
-def test_steps_are_pytorchs(device, optimizer, parts, tolerance):
-    """With parts of unequal size, clipping, two optimizers and a factor for each
-    group."""
-    recipe = train.Recipe(optimizer=optimizer, accumulate=parts, weight_decay=0.3,
-                          clip_grad=0.5, lr=1.0 if optimizer == "sgd" else 1e-3)
-    ours = randomise(convnext.ConvNeXt((1, 1), (8, 16), num_classes=8)).to(device).train()
-    theirs = copy.deepcopy(ours)
-    before = copy.deepcopy(ours.state_dict())
-    groups = {"flat": [], "matrices": [], "filters": []}
-    for name, p in theirs.named_parameters():
-        matrix = optimizer == "muon" and "pwconv" in name
-        groups["flat" if p.ndim == 1 else "matrices" if matrix else "filters"].append(p)
-    decayed = [{"params": groups["filters"], "weight_decay": 0.3},
-               {"params": groups["flat"], "weight_decay": 0}]
-    if optimizer == "sgd":
-        peers = [torch.optim.SGD(decayed, lr=1, momentum=0.9)]
-    else:
-        peers = [torch.optim.AdamW(decayed, betas=(0.9, 0.999))]
-    if optimizer == "muon":
-        peers.append(torch.optim.Muon(groups["matrices"], weight_decay=0.3))
-    optimizers = train.make_optimizers(ours, recipe, torch.bfloat16)
-    for step in range(4):
-        x = torch.randn(20, 3, 32, 32, device=device)
-        y = torch.randn(20, 8, device=device).softmax(1)
-        lr = recipe.lr * (1 - step / 8)
-        loss = train.train_step(ours, optimizers, x, y, lr, recipe)
-        expected = F.cross_entropy(theirs(x), y, label_smoothing=0.1)
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-3, atol=1e-3)
-        expected.backward()
-        nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
-        for peer_, factor in zip(peers, (1, 20)):
-            for group in peer_.param_groups:
-                group["lr"] = factor * lr
-            peer_.step()
-            peer_.zero_grad()
-    for name, p in theirs.state_dict().items():
-        moved = (p - before[name]).norm()
-        assert (ours.state_dict()[name] - p).norm() <= tolerance * moved > 0, name
-
-
-@pytest.mark.parametrize("clip_grad", [0, 0.5])
-def test_float16_with_a_scaler_is_the_step_without(device, clip_grad):
-    """Clipping sees the unscaled gradient, and an infinite one leaves the weights as they
-    were."""
-    recipe = train.Recipe(clip_grad=clip_grad, optimizer="sgd", label_smoothing=0)
-    model = randomise(convnext.ConvNeXt((1, 1), (8, 16), num_classes=8)).to(device)
-    start = copy.deepcopy(model.state_dict())
-    x = torch.randn(8, 3, 32, 32, device=device)
-    y = F.one_hot(torch.arange(8, device=device)).float()
-    moved = []
-    for precision in (torch.float32, torch.float16):
-        model.load_state_dict(start)
-        scaler = torch.amp.GradScaler(device, enabled=precision == torch.float16,
-                                      init_scale=1024)
-        optimizers = train.make_optimizers(model, recipe)
-        train.train_step(model, optimizers, x, y, 0.1, recipe, precision, scaler)
-        moved.append(torch.cat([(p - start[name]).flatten()
-                                for name, p in model.named_parameters()]))
-    assert (moved[0] - moved[1]).norm() < 0.02 * moved[0].norm()
-    after = copy.deepcopy(model.state_dict())
-    train.train_step(model, optimizers, x * math.inf, y, 0.1, recipe, precision, scaler)
-    assert all(torch.equal(p, after[name]) for name, p in model.state_dict().items())
-    assert scaler.get_scale() == 512
-
-
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-def test_step_and_evaluation_compute_in_their_precision(device, precision):
-    """The weights stay in float32."""
-    model, seen = convnext.ConvNeXt((1,), (8,), num_classes=3).to(device), []
-    model.head.fc.register_forward_hook(lambda module, args, y: seen.append(y.dtype))
-    x, labels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2)
-    targets = F.one_hot(labels, 3).float().to(device)
-    recipe = train.Recipe()
-    optimizers = train.make_optimizers(model, recipe)
-    train.train_step(model, optimizers, x.float().to(device), targets, 1e-3, recipe,
-                     precision)
-    train.evaluate(model, [(x, labels)], torch.zeros(3), torch.ones(3), precision)
-    assert seen == [precision, precision]
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-
-
-def test_distillation_loss_is_hintons():
-    ours, theirs = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
-    p, q = ((x / 3).softmax(1) for x in (theirs, ours))
-    loss = train.distillation_loss(ours, theirs, 3.0)
-    torch.testing.assert_close(loss, 9 * (p * (p / q).log()).sum() / 5)
-    assert train.distillation_loss(theirs, theirs, 3.0) == 0
-    gradient, = torch.autograd.grad(loss, ours)
-    torch.testing.assert_close(gradient, 3 * (q - p) / 5)
-
-
-def test_the_loss_is_smoothed_for_mixed_targets_too():
-    logits, targets = torch.randn(5, 7), torch.randn(5, 7).softmax(1)
-    smoothed = 0.8 * targets + 0.2 / 7
-    expected = -(smoothed * logits.log_softmax(1)).sum(1).mean()
-    recipe = train.Recipe(label_smoothing=0.2)
-    torch.testing.assert_close(train.training_loss(recipe, logits, targets), expected)
-
-
-def test_the_teachers_share_of_the_loss():
-    logits, theirs, targets = (torch.randn(5, 7) for _ in range(3))
-    recipe = train.Recipe(distill_alpha=0.25, distill_temperature=3)
-    expected = (0.75 * train.training_loss(recipe, logits, targets)
-                + 0.25 * train.distillation_loss(logits, theirs, 3))
-    torch.testing.assert_close(train.training_loss(recipe, logits, targets, theirs),
-                               expected)
-
-
-# --- Evaluation
-
-
-@pytest.mark.parametrize("mirrored", [False, True], ids=["plain", "mirrored"])
-def test_evaluation_is_timms(device, mirrored):
-    """In evaluation mode: with stochastic depth, the training mode would give other
-    numbers."""
-    data = train.draw_shapes(260, 32, seed=0)  # more than a batch
-    model = randomise(convnext.ConvNeXt((1, 1), (8, 16), num_classes=8,
-                                        drop_path=0.9)).to(device)
-    mean, std = torch.tensor([0.3, 0.4, 0.5]), torch.tensor([0.2, 0.3, 0.4])
-    x = T.Normalize(mean.tolist(), std.tolist())(data.images / 255).to(device)
-    with torch.inference_mode():
-        logits = model.eval()(x).cpu()
-        if mirrored:
-            logits = (logits + model(TF.horizontal_flip(x)).cpu()) / 2
-    expected = [F.cross_entropy(logits, data.labels), *timm.utils.accuracy(
-        logits, data.labels, (1, 5))]
-    scores = train.evaluate(model.train(), train.evaluation_batches(data, 0), mean, std,
-                            torch.float32, mirrored)
-    assert [*scores] == ["loss", "top1", "top5"]
-    assert [*scores.values()] == pytest.approx([e.item() for e in expected], rel=1e-4)
-
-
-def test_top5_of_three_classes_is_all():
-    model = randomise(convnext.ConvNeXt((1,), (8,), num_classes=3))
-    batch = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4) % 3
-    one = torch.ones(3)
-    assert train.evaluate(model, [batch], one, one, torch.float32)["top5"] == 100
-
-
-@pytest.mark.parametrize(("size", "given", "share", "mode"), [
-    (224, None, 0.875, "center"), (288, 0.95, 0.95, "center"), (384, None, 1.0, "squash"),
-    (384, 0.9, 0.9, "center"), (32, None, 1.0, "center"), (64, 0.5, 1.0, "center")])
-def test_evaluation_square_is_timms(size, given, share, mode):
-    picture = PIL.Image.effect_noise((500, 375), 80).convert("RGB")
-    theirs = timm.data.create_transform(
-        size, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1), crop_pct=share,
-        crop_mode=mode)(picture)
-    ours = TF.pil_to_tensor(train.evaluation_square(size, given)(picture))
-    torch.testing.assert_close(ours / 255, theirs)
-
-
-# --- The optimizers
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_learning_rate_is_pytorchs(schedule):
-    optimizer, lrs = torch.optim.SGD([nn.Parameter(torch.zeros(1))],
-                                     0.3), torch.optim.lr_scheduler
-    rise = lrs.LinearLR(optimizer, 1 / 10, total_iters=9)
-    fall = (lrs.CosineAnnealingLR(optimizer, 39, 0.01) if schedule == "cosine" else
-            lrs.LinearLR(optimizer, 1, 0.01 / 0.3, 40))
-    both = lrs.SequentialLR(optimizer, [rise, fall], [10])
-    for step in range(50):
-        lr = train.lr_at(step, 50, 10, 0.3, 0.01, schedule)
-        assert lr == pytest.approx(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        both.step()
-    assert train.lr_at(0, 1, 0, 0.3, 0.01, schedule) == 0.3
-
-
-def parameter_names(model, group):
-    names = {id(p): name for name, p in model.named_parameters()}
-    return [names[id(p)] for p in group["params"]]
-
-
-@pytest.mark.parametrize("variant", ["atto", "v2_atto"])
-def test_weight_decay_groups_are_timms(variant):
-    model = create_convnext(variant)
-    ours, theirs = ({(group["weight_decay"], *sorted(parameter_names(model, group)))
-                     for group in groups} for groups in (
-        train.parameter_groups(model, 0.05), timm.optim.param_groups_weight_decay(model,
-                                                                                  0.05)))
-    assert ours == theirs
-
-
-def test_attentions_bias_does_not_decay():
-    attention = nn.Sequential(convnext.WindowAttention(16, False))
-    undecayed, = (parameter_names(attention, group)
-                  for group in train.parameter_groups(attention, 0.1)
-                  if not group["weight_decay"])
-    assert undecayed == ["0.bias", "0.qkv.bias", "0.proj.bias"]
-
-
-def test_muon_gets_the_matrices_of_blocks():
-    model = convnext.ConvNeXt((1, 1), (8, 16), grn=True)
-    adamw, muon = train.make_optimizers(model,
-                                        train.Recipe(optimizer="muon", layer_decay=0.8))
-    expected = {name for name, _ in model.named_parameters()
-                if re.search(r"pwconv\d.weight", name)}
-    found, rest = (set(itertools.chain(*(parameter_names(model, group)
-                                         for group in optimizer.param_groups)))
-                   for optimizer in (muon, adamw))
-    assert found == expected and rest == dict(model.named_parameters()).keys() - expected
-    scales = [group["lr_scale"] for group in muon.param_groups]  # 20 times AdamW's
-    assert scales == pytest.approx([20 * 0.8**2, 20 * 0.8])
-
-
-def test_muon_gets_the_dense_filters_of_the_road():
-    model = convnext.roadmap_network(convnext.DESIGNS["ResNet-50"]._replace(
-        depths=(1, 1), width=8))
-    _, muon = train.make_optimizers(model, train.Recipe(optimizer="muon",
-                                                        road="ResNet-50"))
-    shapes = [tuple(p.shape[2:]) for group in muon.param_groups for p in group["params"]]
-    # branches and shortcuts
-    assert shapes.count((3, 3)) == 2 and shapes.count((1, 1)) == 6
-    model = convnext.roadmap_network(convnext.DESIGNS["depthwise conv"]._replace(
-        depths=(1, 1), width=8))
-    _, muon = train.make_optimizers(model, train.Recipe(optimizer="muon",
-                                                        road="depthwise conv"))
-    assert not [p for group in muon.param_groups for p in group["params"]
-                if p.shape[2:] == (3, 3)]
-
-
-def test_a_frozen_backbone_leaves_one_optimizer():
-    model = convnext.ConvNeXt((1, 1), (8, 16))
-    train.freeze_all_but_classifier(model)
-    alone, = train.make_optimizers(model, train.Recipe(optimizer="muon"))
-    assert [parameter_names(model, group) for group in alone.param_groups] == [
-        ["head.fc.weight"], ["head.fc.bias"]]
-
-
-@pytest.mark.parametrize(("variant", "decay", "expected"), [
-    # 0.8 ** (13 - i) for the authors' layers i: stem, stages 1 and 2, 27 blocks by 3
-    ("base", 0.8, (0.0550, 0.0687, 0.0859, 0.1074, 0.1342, 0.1678, 0.2097, 0.2621, 0.3277,
-                   0.4096, 0.5120, 0.6400, 0.8, 1)),
-    ("tiny", 0.7, tuple(0.7**i for i in range(7, -1, -1)))])
-def test_layer_decay_is_the_authors(variant, decay, expected):
-    with torch.device("meta"):
-        model = create_convnext(variant)
-    scales = {name: group["lr_scale"] for group
-              in train.parameter_groups(model, 0.05, decay)
-              for name in parameter_names(model, group)}
-    last = len(expected) - 1
-    layers = {"downsample_layers.0.": 0, "stages.0.": 1, "downsample_layers.1.": 2,
-              "stages.1.": 2, "downsample_layers.2.": 3, "downsample_layers.3.": last - 1,
-              "stages.3.": last - 1, "head.": last}
-    layers |= {f"stages.2.{block}.": 3 + block // 3 for block
-               in range(len(model.stages[2]))}
-    for name, _ in model.named_parameters():
-        layer = next(layer for part, layer in layers.items() if name.startswith(part))
-        assert scales[name] == pytest.approx(expected[layer], abs=5e-5), name
-
-
-@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16), (12, 3, 3, 3),
-                                   (6, 8, 2, 2)], ids=str)
-def test_muon_is_pytorchs(shape):
-    """On filters, it is torch.optim.Muon on their flattened copies."""
-    start = torch.randn(shape)
-    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.flatten(1).clone())
-    muon = train.Muon([{"params": [ours], "weight_decay": 0.3}], 0.02, torch.bfloat16)
-    peer_ = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.3)
-    for _ in range(4):
-        ours.grad = torch.randn(shape)
-        theirs.grad = ours.grad.flatten(1).clone()
-        muon.step()
-        peer_.step()
-    moved = (theirs - start.flatten(1)).norm()
-    assert (ours.flatten(1) - theirs).norm() < 0.03 * moved  # bfloat16's rounding
-
-
-@pytest.mark.parametrize("shape", [(40, 10), (10, 40), (30, 30)], ids=str)
-@pytest.mark.parametrize("scale", [1e-4, 1e3])
-def test_orthogonalize_changes_the_singular_values_alone(shape, scale):
-    """By five steps of Muon's polynomial, and from 0.1 ... 1 to near 1."""
-    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
-    values = torch.linspace(0.1, 1, min(shape))
-    y = u.T @ train.orthogonalize(scale * (u * values) @ v) @ v.T
-    values = values / values.norm()
-    for _ in range(5):
-        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
-    torch.testing.assert_close(y, values.diag(), atol=1e-4, rtol=0)
-    assert 0.65 < values.min() and values.max() < 1.25
-
-
-def test_the_average_of_weights_is_a_running_mean():
-    """Of BatchNorm's statistics, too, but not of whole numbers such as attention's
-    index."""
-    model = nn.Sequential(nn.BatchNorm2d(2))
-    average = train.average_of(model, 4)
-    expected = None
-    for step in range(5):
-        model[0].weight.data.fill_(step)
-        model[0].running_mean.fill_(10 * step)
-        average.update_parameters(model)
-        expected = step if expected is None else expected + (step - expected) / 4
-    assert average.module[0].weight[0].item() == pytest.approx(expected)
-    assert average.module[0].running_mean[0].item() == pytest.approx(10 * expected)
-    attention = nn.Sequential(convnext.WindowAttention(16, False))
-    # would change 661 of its entries in 30 steps
-    average = train.average_of(attention, 10)
-    for _ in range(30):
-        average.update_parameters(attention)
-    assert torch.equal(average.module[0].index, attention[0].index)
-
-
-# --- The network
+# --- Networks and machines
 
 
 @pytest.mark.parametrize("line", [
@@ -2733,122 +3098,6 @@ def test_every_network_evaluates_begins_teaches_and_predicts(small, capsys,
     assert path == "a.png" and sum(p for _, p in classes) < 1 and len(classes) == 5
 
 
-def test_fan_in_initialisation():
-    """The layers' weights, and with them the branch of a block of 40 channels beside its
-    input."""
-    model, x = create_convnext("atto", layer_scale=0), torch.randn(4, 40, 16, 16)
-    loudness, deviations = [], {}
-    for init in (lambda model: None, train.fan_in_init):
-        init(model)
-        loudness.append((model.stages[0][0].eval()(x) - x).std().item())
-    assert loudness[0] < 0.03 and 0.08 < loudness[1] < 0.2
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            scaled = module.weight.std().item() * module.weight[0].numel() ** 0.5
-            deviations.setdefault(name.split(".")[-1], []).append(scaled)
-    # what cutting a normal distribution at two standard deviations leaves of them
-    cut = 0.88
-    for name, count, expected in (
-            ("0", 1, cut), ("1", 3, cut), ("dwconv", 12, cut), ("pwconv1", 12, cut),
-            ("pwconv2", 12, cut / 24**0.5), ("fc", 1, 0.02 * 320**0.5)):
-        assert deviations.pop(name) == pytest.approx([expected] * count, rel=0.06), name
-    assert not deviations
-
-
-def fine_tune(line):
-    usual = "--dataset folder --epochs 2 --lr 0.01 -b 4 -j 0 --device cpu --amp off"
-    assert outcome(f"{usual} {line} --output tuned") == "0"
-    return torch.load("tuned/last.pt", weights_only=True)
-
-
-def test_fine_tuning_begins_with_the_weights(pretrained, capsys):
-    make_folder("data")
-    state = fine_tune(f"--recipe finetune --init-from {pretrained} --lr 1e-9 --min-lr 0")
-    source = train.open_source(pretrained)
-    assert (state["mean"], state["std"]) == (source.expects["mean"],
-                                             source.expects["std"])
-    for name, tensor in source.tensors.items():
-        if "head.fc" not in name:
-            torch.testing.assert_close(state["model"][name], tensor, atol=1e-6, rtol=1e-6)
-    assert len(state["model"]["head.fc.weight"]) == 2
-    assert "new: head.fc.weight, head.fc.bias\n" in capsys.readouterr().out
-
-
-def test_layer_decay_moves_the_stem_least(pretrained):
-    make_folder("data")
-    first = load_file(pretrained)
-    state = fine_tune(f"--recipe finetune --init-from {pretrained} --layer-decay 0.1")
-    stem, head = ((state["model"][name] - first[name]).abs().max() for name in (
-        "downsample_layers.0.0.weight", "head.norm.weight"))
-    assert 0 < 20 * stem < head
-
-
-def test_a_frozen_backbone_stays_as_it_is(pretrained):
-    make_folder("data")
-    line = f"--init-from {pretrained} --freeze-backbone --drop-path 0.1"
-    state = fine_tune(line)
-    assert settings("--resume tuned/last.pt --freeze-backbone").drop_path == 0.1
-    first = load_file(pretrained)
-    for name, tensor in state["model"].items():
-        if not name.startswith("head.fc."):
-            assert torch.equal(tensor, first[name]), name
-    trained = train.open_source("tuned/weights.safetensors").tensors["head.fc.bias"]
-    assert trained.abs().min() > 1e-3  # it began at 0
-    ended = outcome(f"{line} --dataset folder --device cpu --patch-size 2 --output other")
-    assert "would leave untrained: downsample_layers.0.0.weight" in ended
-
-
-def test_a_classifier_for_the_same_classes_is_kept(pretrained, capsys):
-    make_folder("data")
-    fine_tune(f"--init-from {pretrained}")
-    os.rename("tuned", "first_tuned")
-    before = load_file("first_tuned/weights.safetensors")["head.fc.weight"]
-    state = fine_tune("--init-from first_tuned/weights.safetensors --lr 1e-9 --min-lr 0")
-    torch.testing.assert_close(state["model"]["head.fc.weight"], before)
-    for split in ("train", "val"):
-        Path("data", split, "a dog").rename(Path("data", split, "wolf"))
-    shutil.rmtree("tuned")
-    capsys.readouterr()
-    fine_tune("--init-from first_tuned/weights.safetensors")  # two other classes
-    assert "new: head.fc.weight, head.fc.bias" in capsys.readouterr().out
-
-
-def test_fine_tuning_few_images(pretrained):
-    """fit_to_data: some 1,000 steps of a quarter of the images, and what is typed
-    stays."""
-    recipe = settings(f"--init-from {pretrained} --recipe finetune")
-    few = train.fit_to_data(recipe, 100, {})
-    assert (few.batch_size, few.epochs, few.lr, few.rand_augment) == (25, 250, 3e-4, 0)
-    assert few.eval_every == 12
-    typed = train.fit_to_data(recipe, 100, {"epochs": 3, "batch_size": 10})
-    assert (typed.epochs, typed.batch_size) == (30, 128)  # those of the recipe given
-    assert train.fit_to_data(recipe, 40_000, {}) == recipe
-
-
-def test_a_teacher_without_a_say_changes_nothing(pretrained):
-    """And a copy of it has no loss."""
-    line = f"{QUICK} --epochs 1 --init-from {pretrained} --output "
-    teach = f"--teacher {pretrained} --distill-alpha"
-    losses = []
-    for name, more in (("plain", ""), ("silent", f"{teach} 0"), ("half", teach + " 0.5"),
-                       ("copy", f"{teach} 1 --lr 1e-9 --min-lr 0 --drop-path 0")):
-        assert outcome(f"{line}{name} {more}".replace("--depths 1 1 --dims 8 16",
-                                                      "")) == "0"
-        losses.append(float(read_csv(f"{name}/metrics.csv")[0]["train_loss"]))
-    assert losses[0] == losses[1] != losses[2] and losses[3] < 1e-3
-
-
-def test_the_teacher_sees_its_own_normalisation(pretrained):
-    data, source = train.draw_shapes(1000, 32, seed=1), train.open_source(pretrained)
-    mean, std, x = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6,
-                                                                0.7]), data.images / 255
-    with torch.inference_mode():
-        expected = from_checkpoint(pretrained)(T.Normalize(
-            source.expects["mean"], source.expects["std"])(x))
-    logits = train.Teacher(source, mean, std)(train.normalize(x, mean, std))
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize(("line", "message"), [
     pytest.param(f"{SMALLEST} --dataset folder",
                  r"has other classes or another order: full star, "
@@ -2885,268 +3134,34 @@ def test_devices_that_cannot_be_used(name):
         train.pick_device(name)
 
 
-# --- Augmentation
+def test_workers_are_the_cpus_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert train.usable_cpus() == 2
 
 
-@pytest.fixture
-def bytes_():
-    return torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
+@slow
+def test_compile_without_a_compiler(small, monkeypatch, request):
+    if "slow" not in request.config.getoption("-m"):
+        pytest.skip("takes 20 seconds: pytest -m slow")
+    monkeypatch.setenv("CXX", "/no/compiler")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/compiler",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    torch._dynamo.reset()
+    ended = outcome(f"{QUICK} --compile --output run")
+    assert ended.startswith("UserError: ") and ended.endswith("; leave out --compile")
 
 
-def test_augment_does_all_of_it_in_this_order(monkeypatch):
-    """Each function is replaced by one that notes what it is given."""
-    calls = []
-    for name in ("crop_and_flip", "rand_augment", "normalize", "random_erase", "mix"):
-        def note(x, *args, name=name):
-            calls.append((name, x.shape[-1], x.dtype, *args))
-            return (x, None) if name == "mix" else x
-
-        monkeypatch.setattr(train, name, note)
-    recipe = train.Recipe(
-        crop_padding=3, flip=0.4, rand_augment=7, random_erase=0.2, mixup=0.3, cutmix=0.6,
-        start_size=16, epochs=10)
-    x, labels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4)
-    mean, std = torch.zeros(3), torch.ones(3)
-    train.augment(recipe, x, labels, 10, mean, std, epoch=0)
-    assert calls == [
-        ("crop_and_flip", 32, torch.uint8, 3, 0.4),
-        ("rand_augment", 32, torch.float32, 7),
-        ("normalize", 16, torch.float32, mean, std),
-        ("random_erase", 16, torch.float32, 0.2),
-        ("mix", 16, torch.float32, labels, 10, 0.3, 0.6)]
+def test_compile_calls_the_network(small, monkeypatch):
+    """Without a compiler: torch.compile is asked, and the parameters keep their names."""
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda model: compiled.append(model))
+    assert prepared(f"{QUICK} --compile").model is compiled[0]
+    prepared(QUICK)
+    assert len(compiled) == 1
 
 
-def test_images_shrink_as_pillow_does_it():
-    """Antialiased, between 0 and 1."""
-    recipe = train.Recipe(**WITHOUT_AUGMENTATION, start_size=16, epochs=2)
-    x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    ours, _ = train.augment(recipe, x, torch.arange(2), 2, torch.zeros(3), torch.ones(3),
-                            0)
-    theirs = torch.stack([TF.pil_to_tensor(TF.to_pil_image(image).resize(
-        (16, 16), PIL.Image.Resampling.BILINEAR)) for image in x])
-    # Pillow rounds twice
-    torch.testing.assert_close(ours, theirs / 255, atol=1.1 / 255, rtol=0)
-
-
-WITHOUT_AUGMENTATION = {"crop_padding": 0, "flip": 0, "rand_augment": 0,
-                        "random_erase": 0, "mix_prob": 0}
-
-
-@pytest.mark.parametrize("off", [{"mix_prob": 0}, {"mix_off_epochs": 10},
-                                 {"mixup": 0, "cutmix": 0}],
-                         ids=str)
-def test_augmentation_that_is_off_leaves_images_and_labels(bytes_, off):
-    recipe = train.Recipe(**WITHOUT_AUGMENTATION | {"mix_prob": 1} | off, epochs=10,
-                          img_size=16)
-    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6])
-    x, targets = train.augment(recipe, bytes_, torch.arange(64) % 5, 5, mean, std,
-                               epoch=3)
-    torch.testing.assert_close(x, T.Normalize(mean.tolist(), std.tolist())(bytes_ / 255))
-    assert torch.equal(targets, F.one_hot(torch.arange(64) % 5, 5).float())
-
-
-def test_a_share_of_the_batches_is_mixed(bytes_):
-    recipe = train.Recipe(**WITHOUT_AUGMENTATION | {"mix_prob": 0.3}, img_size=16)
-    mixed = 0
-    for _ in range(300):
-        _, targets = train.augment(recipe, bytes_[:4], torch.arange(4), 4, torch.zeros(3),
-                                   torch.ones(3), epoch=3)
-        mixed += bool((targets.max(1).values < 1).any())
-    assert 60 < mixed < 120
-
-
-def test_crop_and_flip_is_a_loop_of_torchvisions(bytes_):
-    padded, draws = TF.pad(bytes_, [2], padding_mode="reflect"), []
-    for before, after in zip(padded, train.crop_and_flip(bytes_, 2, 0.5)):
-        match, = ((top, left, flip) for top in range(5) for left in range(5) for flip
-                  in (0, 1)
-                  if torch.equal(TF.crop(before, top, left, 8, 8),
-                                 TF.horizontal_flip(after) if flip else after))
-        draws.append(match)
-    assert {d[0] for d in draws} == {d[1] for d in draws} == set(range(5))
-    assert len({d[:2] for d in draws}) > 15  # both are drawn
-    assert 16 < sum(d[2] for d in draws) < 48
-    assert torch.equal(train.crop_and_flip(bytes_, 0, 0.0), bytes_)
-    assert torch.equal(train.crop_and_flip(bytes_, 0, 1.0), bytes_.flip(3))
-
-
-def pillow_operation(name, strength):
-    """What timm does to a Pillow image at `strength` of an operation's range."""
-    warp = {"resample": PIL.Image.Resampling.BILINEAR, "fillcolor": (128, 128, 128)}
-    # timm shears about a corner, we about the centre: k * 16 pixels apart
-    k = 0.3 * strength
-    if name.startswith("shear"):
-        rows = (1, k, -16 * k, 0, 1, 0) if name == "shear_x" else (1, 0, 0, k, 1, -16 * k)
-        return lambda i: i.transform(i.size, PIL.Image.Transform.AFFINE, rows, **warp)
-    level = 10 * abs(strength), None
-    arguments = {
-        "auto_contrast": (), "equalize": (), "invert": (), "rotate": (30 * strength,),
-        "posterize": timm_ops._posterize_increasing_level_to_arg(*level),
-        "solarize": timm_ops._solarize_increasing_level_to_arg(*level),
-        "solarize_add": timm_ops._solarize_add_level_to_arg(*level),
-        "translate_x": (0.45 * strength,), "translate_y": (0.45 * strength,),
-    }.get(name, (1 + 0.9 * strength,))
-    operation = getattr(timm_ops, name + "_rel" * name.startswith("translate"))
-    return lambda i: operation(i, *arguments, **(warp if name[:2]
-                                                 in ("ro", "tr") else {}))
-
-
-@pytest.mark.parametrize("name", train.RAND_AUGMENT_OPS)
-def test_rand_augment_operation_is_timms(name):
-    images = T.GaussianBlur(3, 0.8)(torch.randint(0, 256, (2, 3, 32, 32),
-                                                  dtype=torch.uint8))
-    images = (TF.autocontrast(images) * 0.7 + 40).byte()
-    for strength in (0.9, -0.45):
-        ours = 255 * train.RAND_AUGMENT_OPS[name](images / 255,
-                                                  torch.full((2, 1, 1, 1), strength))
-        operation = pillow_operation(name, strength)
-        theirs = torch.stack([TF.pil_to_tensor(operation(TF.to_pil_image(i))) for i
-                              in images])
-        difference = (ours - theirs).abs()
-        # of 255; Pillow rounds, and does not blend at the border
-        assert difference.mean() < 1.5
-        assert difference[..., 8:24, 8:24].max() < (12 if name == "equalize" else 4.1)
-        # so what they agree on is a change
-        assert (theirs.float() - images).abs().mean() > 3
-
-
-def test_rand_augment_draws_for_each_image_what_timm_draws(monkeypatch):
-    """Twice one of fifteen operations, each left out half of the time, of N(level, 0.5) /
-    10."""
-    drawn = {name: [] for name in train.RAND_AUGMENT_OPS}
-    for name in drawn:
-        monkeypatch.setitem(train.RAND_AUGMENT_OPS, name, lambda x, m, name=name: (
-            drawn[name].append(m.flatten()), x)[1])
-    train.rand_augment(torch.zeros(15_000, 3, 1, 1), 5)
-    counts = torch.tensor([len(torch.cat(m)) for m in drawn.values()])
-    # 2 * 15,000 / 2 / 15
-    assert len(counts) == 15 and ((counts > 900) & (counts < 1100)).all()
-    strengths = torch.cat([torch.cat(m) for m in drawn.values()])
-    assert strengths.abs().mean().item() == pytest.approx(0.5, abs=0.003)
-    assert strengths.abs().std().item() == pytest.approx(0.05, abs=0.002)
-    assert 0.48 < (strengths > 0).float().mean() < 0.52
-    drawn["invert"].clear()
-    train.rand_augment(torch.zeros(3000, 3, 1, 1), 10)
-    assert torch.cat(drawn["invert"]).abs().max() == 1  # never more than the largest
-
-
-def test_rand_augment_changes_each_image_alone():
-    x = torch.rand(1, 3, 16, 16).repeat(3000, 1, 1, 1)
-    y = train.rand_augment(x.clone(), 9)
-    untouched = (y == x).flatten(1).all(1).float().mean().item()
-    # both operations left out, 1/4, or without effect on this image
-    assert 0.23 < untouched < 0.33
-    assert len({tuple(image.flatten().tolist()) for image in y}) > 500
-
-
-def erased_rectangles(y):
-    """Height, width, area, top and left of what is not 0 in each image, if anything
-    is."""
-    erased = (y != 0).any(1)
-    rows, columns = erased.any(2), erased.any(1)
-    inside = rearrange(rows, "b h -> b h 1") & rearrange(columns, "b w -> b 1 w")
-    assert torch.equal(erased, inside)  # it is a rectangle
-    rows, columns = rows[rows.any(1)], columns[columns.any(1)]
-    height, width = rows.sum(1), columns.sum(1)
-    top, left = rows.int().argmax(1), columns.int().argmax(1)
-    return {"height": height, "width": width, "area": height * width, "top": top,
-            "left": left}
-
-
-def largest_difference(a, b):
-    """Of two samples' distribution functions: Kolmogorov's and Smirnov's statistic."""
-    values = torch.cat([a, b]).sort().values
-    shares = [torch.searchsorted(sample.sort().values, values, right=True) / len(sample)
-              for sample in (a, b)]
-    return (shares[0] - shares[1]).abs().max()
-
-
-def test_random_erase_is_torchvisions():
-    """The same distribution of sizes and places, and of how many images are erased."""
-    theirs = T.RandomErasing(0.6, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3),
-                             value="random")
-    zeros = torch.zeros(3000, 3, 32, 32)
-    ours = erased_rectangles(train.random_erase(zeros, 0.6))
-    theirs = erased_rectangles(torch.stack([theirs(image) for image in zeros]))
-    for name in ours:
-        assert 0.57 < len(ours[name]) / 3000 < 0.63
-        # by chance in 1 of 1,000
-        assert largest_difference(ours[name], theirs[name]) < 0.065, name
-
-
-def test_random_erase_fills_with_noise_of_its_own():
-    x = torch.full((2000, 3, 16, 16), 9.0)
-    y = train.random_erase(x, 1.0)
-    noise = y[y != 9]
-    assert abs(noise.mean()) < 0.01 and noise.std().item() == pytest.approx(1, abs=0.01)
-    assert noise.unique().numel() > 0.9 * len(noise)
-    assert torch.equal(train.random_erase(x, 0.0), x)
-
-
-def mixed_shares(mixup, cutmix, draws=400):
-    """The largest share of a class in each of many mixed batches, by kind."""
-    x, labels = torch.rand(2, 3, 16, 16), torch.arange(2)
-    shares = {"MixUp": [], "CutMix": []}
-    for _ in range(draws):
-        mixed, targets = train.mix(x, labels, 2, mixup, cutmix)
-        share, others = targets[0, 0], x.roll(1, 0)
-        kept = (mixed == x).all(1, True)
-        if torch.allclose(mixed, share * x + (1 - share) * others, atol=1e-5):
-            kind = "MixUp"
-        else:
-            kind = "CutMix"  # a rectangle of the other image, of the area in the targets
-            assert torch.equal(torch.where(kept, x, others), mixed)
-            torch.testing.assert_close(kept[0].float().mean(), share)
-        torch.testing.assert_close(targets.sum(1), torch.ones(2))
-        shares[kind].append(share.item())
-    return {kind: torch.tensor(values) for kind, values in shares.items()}
-
-
-def test_mixup_and_cutmix_are_drawn_equally_often():
-    shares = mixed_shares(0.8, 1.0)
-    assert 160 < len(shares["MixUp"]) < 240
-
-
-@pytest.mark.parametrize("alpha", [0.1, 2.0])
-@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_each_mix_has_its_alpha(kind, alpha):
-    """The distribution of shares is that of torchvision's transform with this alpha."""
-    x, labels = torch.rand(2, 3, 16, 16), torch.arange(2)
-    theirs = {"mixup": T.MixUp, "cutmix": T.CutMix}[kind](alpha=alpha, num_classes=2)
-    alphas = {"mixup": 0.0, "cutmix": 0.0} | {kind: alpha}
-    ours = torch.stack([train.mix(x, labels, 2, **alphas)[1][0, 0] for _ in range(400)])
-    peers = torch.stack([theirs(x, labels)[1][0, 0] for _ in range(400)])
-    assert largest_difference(ours, peers) < 0.14  # by chance in 1 of 1,000
-
-
-def test_mix_without_alphas_mixes_nothing():
-    x, labels = torch.rand(2, 3, 4, 4), torch.arange(2)
-    mixed, targets = train.mix(x, labels, 3, 0, 0)
-    assert torch.equal(mixed, x) and torch.equal(targets, F.one_hot(labels, 3).float())
-
-
-# --- Data
-
-
-def make_folder(root, classes=("b cat", "a dog"), splits=("train", "val"), images=6):
-    """root/split/class/picture, of different sizes and kinds."""
-    generator = np.random.default_rng(0)
-    for split, (label, name) in itertools.product(splits, enumerate(classes)):
-        folder = Path(root, split, name)
-        folder.mkdir(parents=True)
-        for i, mode in enumerate(("RGB", "L", "P", "CMYK", "RGB", "RGBA")[:images]):
-            pixels = generator.integers(0, 100, (40 + 9 * i, 70 - 5 * i, 3)) + 100 * label
-            image = PIL.Image.fromarray(pixels.astype(np.uint8)).convert(mode)
-            image.save(folder / f"ünï {i}.{'jpg' if mode in ('L', 'CMYK') else 'png'}")
-    return Path(root)
-
-
-FOLDER = f"{SMALLEST} --dataset folder -b 4 --epochs 1"  # 3 steps an epoch
-LARGE = f"{FOLDER} --img-size 72"  # these are read when they are needed
-
-
-def load(line, train_split=True, classes=None):
-    return train.load_split(settings(line), train_split, classes)
+# --- Pictures and folders
 
 
 @pytest.mark.parametrize(("size", "workers"), [(32, 0), (72, 1)])
@@ -3156,91 +3171,6 @@ def test_a_folder_of_mixed_pictures(small, capsys, size, workers):
     assert outcome(f"{line} --output run") == "0"
     assert ("10 training + 2 held-out + 12 test images, 2 classes (a dog, b cat)"
             in capsys.readouterr().out)
-
-
-def test_only_training_crops_large_images_at_random(small):
-    make_folder("data")
-    data = train.prepare_data(settings(f"{LARGE} --val-size 4"))
-    for part in (data.train, data.val, data.test):
-        draws = []
-        for seed in (1, 1, 2):
-            torch.manual_seed(seed)
-            draws.append(part[[0, 1]][0])
-        assert torch.equal(draws[0], draws[1])
-        assert torch.equal(draws[0], draws[2]) != (part is data.train)
-        if part is not data.train:
-            whole_cut = T.Compose([T.Resize(82, T.InterpolationMode.BICUBIC),
-                                   T.CenterCrop(72)])
-            expected = TF.pil_to_tensor(whole_cut(train.as_shown(part.images[0])))
-            assert torch.equal(draws[0][0], expected)
-
-
-@pytest.mark.parametrize(("scale", "smallest"), [(0.08, 0.08), (0.7, 0.7)])
-def test_a_random_crop_has_an_area_from_crop_scale_to_1(small, scale, smallest):
-    make_folder("data")
-    square = train.prepare_data(settings(f"{LARGE} --crop-scale {scale}")).train.square
-    assert isinstance(square, T.RandomResizedCrop) and tuple(square.size) == (72, 72)
-    areas = [height * width for height, width in (
-        (params["height"], params["width"]) for params in (
-            square.make_params([torch.zeros(3, 1000, 1000)]) for _ in range(300)))]
-    assert 0.9 * smallest < min(areas) / 1e6 < smallest + 0.1 and max(areas) > 0.9e6
-
-
-def test_crop_scale_1_is_the_evaluations_square(small):
-    make_folder("data")
-    data = train.prepare_data(settings(f"{LARGE} --crop-scale 1"))
-    assert not isinstance(data.train.square, T.RandomResizedCrop)
-    evaluated = dataclasses.replace(data.test, images=data.train.images)
-    assert torch.equal(data.train[[0]][0], evaluated[[0]][0])
-
-
-def test_statistics_are_numpys(small):
-    """Of the training images, those held out included, and not of the test images."""
-    data = train.prepare_data(settings(f"{QUICK} --val-size 20"))
-    pixels = train.draw_shapes(5000, 32, seed=1).images.numpy() / 255
-    np.testing.assert_allclose(data.mean, pixels.mean((0, 2, 3)), rtol=1e-5)
-    np.testing.assert_allclose(data.std, pixels.std((0, 2, 3)), rtol=1e-5)
-
-
-def test_statistics_of_large_images_are_without_random_crops(small):
-    make_folder("data")
-    data = train.prepare_data(settings(LARGE))
-    whole_cut = train.evaluation_square(72, None)
-    pixels = torch.stack([TF.pil_to_tensor(whole_cut(train.as_shown(path)))
-                          for path in data.train.images]).double() / 255
-    torch.testing.assert_close(data.mean, pixels.mean((0, 2, 3)).float())
-    torch.testing.assert_close(data.std, pixels.std((0, 2, 3), correction=0).float())
-
-
-def test_a_single_colour_does_not_divide_by_0():
-    images = train.Images(torch.full((4, 3, 8, 8), 51, dtype=torch.uint8),
-                          torch.zeros(4).long(), ["a"])
-    mean, std = train.channel_statistics(images, 0)
-    torch.testing.assert_close(mean, torch.full((3,), 0.2))
-    assert (std > 0).all() and std.isfinite().all()
-
-
-@pytest.mark.parametrize(("count", "batch_size"), [(50, 10), (53, 10), (7, 10)])
-def test_an_epoch_is_a_new_permutation(count, batch_size):
-    steps = max(1, count // batch_size)
-    batches = list(train.training_order(count, batch_size, 0, 0, 2 * steps))
-    assert [step for step, _ in batches] == [*range(2 * steps)]
-    epochs = [list(itertools.chain(*(numbers for _, numbers in part)))
-              for part in (batches[:steps], batches[steps:])]
-    for epoch in epochs:
-        assert len({*epoch}) == len(epoch) == min(count, steps * batch_size)
-        assert epoch != sorted(epoch) and {*epoch} <= {*range(count)}
-    assert epochs[0] != epochs[1]
-    assert batches[3:] == list(train.training_order(count, batch_size, 0, 3, 2 * steps))
-    assert batches != list(train.training_order(count, batch_size, 1, 0, 2 * steps))
-
-
-def test_seeds_never_meet():
-    """Also beyond 100 epochs, where those of the former formula did."""
-    seeds = {train.seed_for(seed, purpose, number) for seed in (0, 1)
-             for purpose in ("order", "augmentation", "network")
-             for number in range(3000)}
-    assert len(seeds) == 2 * 3 * 3000
 
 
 @pytest.mark.parametrize(("folders", "learned", "tested", "said"), [
@@ -3355,23 +3285,6 @@ def test_nothing_in_a_folder_disappears_or_is_doubled(small, monkeypatch, capsys
     with pytest.raises(train.UserError,
                        match=r"the folder .*more/deeper \(Permission denied"):
         load(LARGE)
-
-
-@pytest.mark.parametrize(("size", "held_out"), [("8", 8), ("0.19", 8), ("0", 0)])
-def test_held_out_images_are_of_each_class_equally_many(small, size, held_out):
-    labels = torch.arange(40) % 4
-    numbered = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 3, 1, 1)
-    images = train.Images(numbered, labels, [*"abcd"])
-    learned, val = train.hold_out(images, float(size))
-    assert len(learned) == 40 - held_out
-    if held_out:
-        assert val.labels.bincount().tolist() == [2] * 4
-        assert sorted([*learned.images[:, 0].flatten(),
-                       *val.images[:, 0].flatten()]) == [*range(40)]
-        again = train.hold_out(images, float(size))[1]
-        assert torch.equal(again.images, val.images)  # the same in each run
-    else:
-        assert val is None
 
 
 @pytest.mark.parametrize(("size", "message"), [
@@ -3565,12 +3478,6 @@ def test_images_from_python_of_another_size(small):
     with pytest.raises(train.UserError,
                        match="the images have 28x28 pixels: make squares of them"):
         train.main(shlex.split(f"{SMALLEST} --output run"), splits)
-
-
-def test_workers_are_the_cpus_that_the_process_may_use(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert train.usable_cpus() == 2
 
 
 @pytest.mark.parametrize(("images", "size", "message"), [
@@ -3861,6 +3768,29 @@ def test_a_run_leaves_what_is_promised(small, capsys):
     assert "run holds a run: give --resume run/last.pt, or another" in outcome(line)
 
 
+def test_tensorboard_shows_what_metrics_csv_has(small):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert outcome(f"{QUICK} --epochs 3 --eval-every 2 --output run") == "0"
+    events, rows = EventAccumulator("run").Reload(), read_csv("run/metrics.csv")
+    assert {*events.Tags()["scalars"]} == rows[-1].keys() - {"epoch", "step"}
+    for name in events.Tags()["scalars"]:
+        logged = {str(event.step): event.value for event in events.Scalars(name)}
+        expected = {row["epoch"]: float(row[name]) for row in rows if row[name]}
+        assert logged == pytest.approx(expected, rel=1e-6), name
+
+
+def test_tensorboard_of_a_resumed_run_has_each_epoch_once(small, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", at_call(5, train.train_step, interrupt))
+        assert outcome(f"{QUICK} --epochs 3 --output run") == "130"
+    assert outcome("--resume run/last.pt") == "0"
+    events = EventAccumulator("run").Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3]
+
+
 def test_a_run_stopped_in_its_first_epoch_has_no_table_yet(small, monkeypatch):
     monkeypatch.setattr(train, "train_step", at_call(2, train.train_step, interrupt))
     assert outcome(f"{QUICK} --output run") == "130"
@@ -4095,6 +4025,113 @@ def test_a_backbone_cannot_predict(small):
 # --- The command line
 
 
+@pytest.mark.parametrize(("line", "expected"), [
+    pytest.param("", {
+        "variant": "tiny", "patch_size": 2, "img_size": 32, "epochs": 100,
+        "batch_size": 128, "optimizer": "adamw", "lr": 1e-3, "min_lr": 1e-6,
+        "schedule": "cosine", "warmup": 5, "beta2": 0.999, "weight_decay": 0.05,
+        "clip_grad": 0, "label_smoothing": 0.1, "drop_path": 0.1, "layer_scale": 0,
+        "init": "fan-in", "crop_padding": 4, "flip": 0.5, "rand_augment": 9,
+        "random_erase": 0.25, "mixup": 0.8, "cutmix": 1, "mix_prob": 1,
+        "mixed_epochs": 90, "ema_horizon": 0.04, "start_size": 0, "val_size": 0,
+        "tta": False},
+        id="defaults"),
+    pytest.param("--recipe fast", {
+        "variant": "atto", "patch_size": 1, "drop_path": 0, "optimizer": "muon",
+        "lr": 3e-3, "muon_lr": 0.02, "beta2": 0.95, "weight_decay": 0.02,
+        "schedule": "linear", "min_lr": 0, "batch_size": 256, "epochs": 40,
+        "ema_horizon": 0, "rand_augment": 5, "mix_prob": 0, "start_size": 24, "tta": True,
+        "warmup": 2, "label_smoothing": 0.1, "random_erase": 0.25},
+        id="fast"),
+    pytest.param("--init-from first/weights.safetensors --recipe finetune", {
+        "epochs": 30, "lr": 1.25e-5, "min_lr": 2.5e-7, "warmup": 0, "weight_decay": 1e-8,
+        "layer_decay": 0.8, "rand_augment": 9, "mixup": 0, "cutmix": 0,
+        "random_erase": 0.25, "label_smoothing": 0.1, "clip_grad": 0,
+        "head_init_scale": 0.001, "drop_path": 0, "ema_horizon": 0, "depths": (1, 1),
+        "dims": (8, 16), "patch_size": 4, "img_size": 32},
+        id="finetune: the paper's table 6 at a quarter of its batch"),
+    pytest.param("--epochs 40 --init paper", {"init": "paper", "warmup": 2,
+                                              "mixed_epochs": 36},
+                 id="typed"),
+    pytest.param("--recipe fast --epochs 100 --layer-scale 0.1 --no-tta --variant tiny",
+                 {"epochs": 100, "layer_scale": 0.1, "tta": False, "variant": "tiny"},
+                 id="typed over fast"),
+    pytest.param("--recipe fast --patch-size 2", {"start_size": 0},
+                 id="24 px do not fit"),
+    pytest.param("--recipe fast --img-size 96", {"start_size": 0}, id="24 px are for 32"),
+    pytest.param("--init-from first/last.pt --recipe finetune -b 256 --mixup 1 --lr 1e-3",
+                 {"min_lr": 2e-5, "mixup": 1, "lr": 1e-3}, id="typed over finetune"),
+    pytest.param("--init-from first/weights.safetensors", {
+        "depths": (1, 1), "dims": (8, 16), "layer_scale": 1e-6, "lr": 1e-3,
+        "batch_size": 128},
+        id="init-from takes the network alone"),
+    pytest.param("--init-from first/weights.safetensors --patch-size 2 --variant tiny",
+                 {"patch_size": 2, "variant": "tiny", "depths": None},
+                 id="typed over weights"),
+    pytest.param("--init-from first/weights.safetensors --freeze-backbone",
+                 {"drop_path": 0}, id="freeze-backbone"),
+    pytest.param("--eval-only first/weights.safetensors", {
+        "dataset": "synthetic", "depths": (1, 1), "epochs": 100},
+        id="eval-only takes the data set"),
+    pytest.param("--eval-only first/weights.safetensors --dataset cifar10",
+                 {"dataset": "cifar10"}, id="typed over eval-only"),
+    pytest.param("--resume first/last.pt", {
+        "lr": 0.002, "layer_scale": 0.1, "output": "first", "epochs": 1},
+        id="resume takes all"),
+    pytest.param("--resume first/last.pt --lr 0.002 -j 3 --data-dir x",
+                 {"lr": 0.002, "workers": 3, "data_dir": "x"}, id="typed over resume"),
+    pytest.param("--resume first/last.pt --data-dir ~/x",
+                 {"data_dir": os.path.expanduser("~/x")}, id="home")])
+def test_settings_by_precedence(request, line, expected):
+    if "first/" in line:
+        request.getfixturevalue("pretrained")
+    recipe = settings(line)
+    for name, value in expected.items():
+        assert getattr(recipe, name) == (
+            pytest.approx(value) if isinstance(value, float) else value), name
+
+
+@pytest.mark.parametrize(("line", "img_size", "crop_pct"), [
+    ("", 224, 0.95), ("--img-size 224", 224, 0.95), ("--img-size 320", 320, None),
+    ("--img-size 320 --crop-pct 0.9", 320, 0.9), ("--crop-pct 0.875", 224, 0.875)])
+@pytest.mark.parametrize("use", ["--init-from", "--eval-only"])
+def test_the_crop_of_weights_belongs_to_their_size(monkeypatch, use, line, img_size,
+                                                   crop_pct):
+    state = export_state_dict(create_convnext("atto"), "timm")
+    images = {**train.IMAGENET, "crop_pct": 0.95}
+    monkeypatch.setattr(convnext, "read_source", lambda _: (state, {}, images))
+    recipe = settings(f"{use} timm:name --dataset imagenet {line}")
+    assert (recipe.img_size, recipe.crop_pct) == (img_size, crop_pct)
+    assert train.network_name(recipe) == "ConvNeXt-atto"
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"epochs": "3"}, "--epochs must be a whole number in [1, inf), not '3'"),
+    ({"lr": "x"}, "--lr must be a number in (0, inf), not 'x'"),
+    ({"lr": math.nan}, "--lr must be a number in (0, inf), not nan"),
+    ({"tta": 1}, "--tta must be"), ({"epochs": True}, "--epochs must be a whole number"),
+    ({"depths": [1, 2]}, "--depths and --dims must have one length"),
+    ({"depths": [], "dims": []}, "--depths must be whole numbers in [1, inf), not []"),
+    ({"variant": "teeny"}, "--variant must be one of"),
+    ({"epochs": None}, "--epochs must be")],
+    ids=str)
+def test_wrong_values_from_python(values, message):
+    if "epochs" in values:
+        message = message.replace("[1, inf)", "[1, 1000000]")
+    with pytest.raises(train.UserError, match=re.escape(message)):
+        train.Recipe(**values)
+
+
+def test_recipe_from_python():
+    # whole numbers are fine
+    recipe = train.Recipe(mixup=0, lr=1, warmup_epochs=5, epochs=10)
+    assert (recipe.mixup, recipe.lr) == (0.0, 1.0)
+    recipe = dataclasses.replace(train.Recipe(epochs=10), epochs=100)
+    assert (recipe.warmup, recipe.mixed_epochs) == (5, 90)  # not those of 10 epochs
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.lr = -5
+
+
 @pytest.mark.parametrize(("line", "message"), [
     ("--vairant tiny", "unrecognized arguments: --vairant"),
     ("--mix 0.5", "unrecognized arguments: --mix"),
@@ -4264,7 +4301,7 @@ def test_python_blocks_of_the_how_to_run(small, capsys):
                 torch.from_numpy(done[name]), expected, atol=tolerance, rtol=0)
 
 
-# --- What follows is about files, signals and machines ----------------------------------
+# --- Signals and disks
 
 
 @contextlib.contextmanager
@@ -4440,6 +4477,9 @@ def test_within_50_steps_of_a_long_epoch(small, monkeypatch):
     assert ended.startswith("UserError: by step 50, at lr ")
 
 
+# --- Errors, streams and notebooks
+
+
 @pytest.mark.parametrize(("error", "remedy"), [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
      "give a smaller --batch-size, or a larger --accumulate"),
@@ -4465,27 +4505,6 @@ def test_batchnorm_with_a_single_value(small):
     ended = outcome(f"{line} -j 0 -b 4 --accumulate 4 --output run")
     assert re.match("UserError: .*; BatchNorm needs more: give a larger --batch-size",
                     ended)
-
-
-@slow
-def test_compile_without_a_compiler(small, monkeypatch, request):
-    if "slow" not in request.config.getoption("-m"):
-        pytest.skip("takes 20 seconds: pytest -m slow")
-    monkeypatch.setenv("CXX", "/no/compiler")
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/compiler",))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    torch._dynamo.reset()
-    ended = outcome(f"{QUICK} --compile --output run")
-    assert ended.startswith("UserError: ") and ended.endswith("; leave out --compile")
-
-
-def test_compile_calls_the_network(small, monkeypatch):
-    """Without a compiler: torch.compile is asked, and the parameters keep their names."""
-    compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda model: compiled.append(model))
-    assert prepared(f"{QUICK} --compile").model is compiled[0]
-    prepared(QUICK)
-    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize(("source", "function", "error"), [
