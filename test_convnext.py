@@ -130,6 +130,10 @@ def logits_of(network, x):
         y = network.eval()(x)
     return getattr(y, "logits", y)
 
+def by_text(value):
+    """A case's name: its texts alone."""
+    return value if isinstance(value, str) else ""
+
 def assert_same_function(network, other, x):
     assert_close(logits_of(network, x), logits_of(other, x), atol=1e-5, rtol=1e-5)
 
@@ -409,7 +413,7 @@ def road_network(step, width=16, patch_size=4, **changes):
     ("LayerNorm", [nn.GELU], [convnext.LayerNorm2d], convnext.DepthwiseConv),
     ("window attention", [nn.GELU], [convnext.LayerNorm2d], convnext.WindowAttention),
     ("Swin block", [nn.GELU], 2 * [convnext.LayerNorm2d], convnext.WindowAttention)],
-    ids=lambda value: value if isinstance(value, str) else "")
+    ids=by_text)
 def test_layers_of_a_block_on_the_road(step, activations, norms, kind):
     blocks = [m for m in road_network(step)
               if isinstance(m, convnext.RoadmapBlock | convnext.SwinBlock)]
@@ -536,8 +540,7 @@ LARGE = f"{FOLDER} --img-size 72"  # these are read when they are needed
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """An empty folder, 100 training and 20 test images of shapes in place of 5,000 and
-    1,000, and one block per stage on the road. The machine's settings stay as they
-    were."""
+    1,000, one block per stage on the road, and the machine's settings as they were."""
     draw = train.draw_shapes
 
     def draw_fewer(count, size, seed):
@@ -777,8 +780,7 @@ def test_without_held_out_images_the_test_images_are_measured(small, monkeypatch
     (0.5, "val_ema_top1", [1, 2, 2, 9, 11, 5]), (0, "val_top1", [1, 9, 9])])
 def test_best_is_the_first_epoch_that_is_best(small, monkeypatch, horizon, column,
                                               scores):
-    """The second here, by the averaged weights if there are any. (The scores of an epoch:
-    raw, average.)"""
+    """The second here, by the averaged weights, if any. An epoch scores raw, average."""
     scores, evaluate = iter(scores), train.evaluate
 
     def score(*args):
@@ -1258,8 +1260,7 @@ def test_rand_augment_operation_is_timms(name):
         assert (torch.stack(theirs).float() - images).abs().mean() > 3
 
 def test_rand_augment_draws_for_each_image_what_timm_draws(monkeypatch):
-    """Twice one of fifteen operations, each left out half of the time, of N(level, 0.5) /
-    10."""
+    """Twice one of fifteen operations, half of them left out, of N(level, 0.5) / 10."""
     drawn = {name: [] for name in train.RAND_AUGMENT_OPS}
     for name in drawn:
         def note(x, strength, name=name):
@@ -1280,8 +1281,7 @@ def test_rand_augment_draws_for_each_image_what_timm_draws(monkeypatch):
     assert torch.cat(drawn["invert"]).abs().max() == 1  # never more than the largest
 
 def erased_rectangles(y):
-    """Height, width, area, top and left of what is not 0 in each image, if anything
-    is."""
+    """Height, width, area, top and left of what is not 0, in images with such pixels."""
     erased = (y != 0).any(1)
     rows, columns = erased.any(2), erased.any(1)
     inside = rearrange(rows, "b h -> b h 1") & rearrange(columns, "b w -> b 1 w")
@@ -1420,7 +1420,8 @@ posix = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX"
      "do not fit the model: head.fc.weight"),
     (lambda: export_state_dict(nn.Linear(1, 1), "timm"), "expected a ConvNeXt, not a"),
     (lambda: load_weights(torch.compile(nn.Linear(1, 1)), {}), "expected a ConvNeXt"),
-    (lambda: load_weights(four_blocks(), four_blocks()), "or a file, not a ConvNeXt")])
+    (lambda: load_weights(four_blocks(), four_blocks()), "or a file, not a ConvNeXt")],
+    ids=by_text)
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
@@ -1518,17 +1519,16 @@ def test_layers_do_what_they_are_told(speed_up, told):
             setattr(layer, name, value)
         is_fast = speed_up is convnext.speed_up and not told
         changed = speed_up(layer)
-        for size in ((2, 6, 13, 17), (1, 6, 9, 12)):
-            x = torch.randn(size, dtype=torch.double, requires_grad=True)
-            y = changed(x)
-            direction = torch.randn_like(y)
-            assert ("DepthwiseGradient" in y.grad_fn.name()) == is_fast
-            assert_close(y, plain(x))
-            assert_close(*(
-                torch.autograd.grad(network(x), (x, *network.parameters()), direction)
-                for network in (changed, plain)))
-            with torch.no_grad():
-                assert_close(changed(x), y)
+        x = torch.randn(2, 6, 13, 17, dtype=torch.double, requires_grad=True)
+        y = changed(x)
+        direction = torch.randn_like(y)
+        assert ("DepthwiseGradient" in y.grad_fn.name()) == is_fast
+        assert_close(y, plain(x))
+        assert_close(*(
+            torch.autograd.grad(network(x), (x, *network.parameters()), direction)
+            for network in (changed, plain)))
+        with torch.no_grad():
+            assert_close(changed(x), y)
 
 @pytest.mark.parametrize("stem", [
     nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 40, 1)),
@@ -1661,7 +1661,7 @@ def test_a_file_gives_the_same_logits(name, tmp_path, monkeypatch):
     ("stem.0.bias", torch.zeros(40, dtype=torch.float8_e4m3fn),
      "stem.0.bias has the type torch.float8_e4m3fn, not float16"),
     ("_orig_mod.stem.0.bias", torch.ones(40), "is there twice, under different names")],
-    ids=str)
+    ids=by_text)
 def test_weights_that_do_not_fit_change_nothing(name, tensor, message):
     model = randomise(create_convnext("atto", num_classes=5))
     before = copy.deepcopy(model.state_dict())
@@ -1971,8 +1971,7 @@ def test_another_network_in_the_config_is_refused(config, message, tmp_path):
 
 @pytest.mark.parametrize("clip_grad", [0, 0.5])
 def test_float16_with_a_scaler_is_the_step_without(device, clip_grad):
-    """Clipping sees the unscaled gradient. An infinite one leaves the weights as they
-    were."""
+    """Clipping sees the unscaled gradient. An infinite one changes no weights."""
     recipe = train.Recipe(clip_grad=clip_grad, optimizer="sgd", label_smoothing=0)
     model = randomise(convnext.ConvNeXt((1, 1), (8, 16), num_classes=8)).to(device)
     start = copy.deepcopy(model.state_dict())
@@ -2059,8 +2058,8 @@ def test_fine_tuning_begins_with_the_weights(pretrained, capsys):
 
 def test_a_frozen_backbone_stays_as_it_is(pretrained):
     make_folder("data")
-    state, first = fine_tune(f"--init-from {pretrained} --freeze-backbone"), load_file(
-        pretrained)
+    state = fine_tune(f"--init-from {pretrained} --freeze-backbone")
+    first = load_file(pretrained)
     for name, tensor in state["model"].items():
         if not name.startswith("head.fc."):
             assert torch.equal(tensor, first[name]), name
@@ -2411,8 +2410,7 @@ def test_a_data_set_that_cannot_be_downloaded(small, monkeypatch):
     assert not Path("run").exists()
 
 def shapes_as(kind, count, size=32):
-    """Drawn shapes as a tensor of bytes, or as the arrays or the paths that Images takes,
-    too."""
+    """Drawn shapes as a tensor of bytes, or as arrays or paths, as Images takes them."""
     shapes = train.draw_shapes(50 * count, size, seed=count)
     if kind == "tensor":
         return shapes
@@ -2465,8 +2463,7 @@ def test_pictures_that_cannot_be_read(small, capsys, size):
     assert "cut.png" in said
 
 def test_a_bad_test_image_costs_no_epoch(small):
-    """Large images are read late. The epoch is saved before they are, and --skip-bad goes
-    on."""
+    """Large images are read late, after the epoch is saved, and --skip-bad goes on."""
     make_folder("data")
     Path("data/val/b cat/ünï 0.png").write_bytes(b"junk")
     ended = outcome(f"{LARGE} --epochs 3 --eval-every 2 --output run")
@@ -2833,7 +2830,7 @@ def filters(run):
     ("--amp bf16", lambda run: run.precision == torch.bfloat16),
     ("--ema-horizon 0", lambda run: run.ema is None and run.best_model is run.model),
     ("--epochs 7 -b 50", lambda run: (run.epoch_steps, run.total) == (2, 14))],
-    ids=lambda value: value if type(value) is str else "")
+    ids=by_text)
 def test_a_flag_reaches_the_run(small, line, seen):
     assert seen(prepared(f"{QUICK} {line}"))
 
@@ -3143,8 +3140,7 @@ def test_printing_ends_no_run(tmp_path, streams):
     assert (r"(b, \xfcn\xef \U0001f600)" in run.stdout) == (not streams)
 
 def run_as_script(line, monkeypatch):
-    """As `python train.py` and a notebook's %run do it, in this process: the exit
-    code."""
+    """The exit code of `python train.py` and a notebook's %run, but in this process."""
     monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(line)])
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(sys, "stderr", io.StringIO())
