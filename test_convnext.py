@@ -24,7 +24,8 @@ a run learns                              chance                 a_run_learns
 
 First come the tests of what the network and its training compute, in the order of
 convnext.py and train.py. They end at the line "What follows is about files, signals and
-machines". A reader can skip the rest, which has the same order.
+machines". A reader can skip the rest: refused arguments and files, odd pictures, stopped
+runs, exports; in the same order.
 """
 
 import argparse
@@ -53,6 +54,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -1736,13 +1738,11 @@ WRAPPED = {
     "compiled blocks": lambda s: renamed(s["native"], (".mlp.", ".mlp._orig_mod.")),
     "FSDP": lambda s: renamed(
         s["timm"], ("stages.", "_fsdp_wrapped_module.stages._fsdp_wrapped_module.")),
-    "epoch": lambda s: {"model_state_dict": s["meta"], "epoch": 3},
     "open_clip": lambda s: prefixed("visual.trunk.", s["timm"]) | {
         "text.weight": torch.ones(2), "logit_scale": 1.0},
     "Lightning": lambda s: {
         "state_dict": prefixed("model.", s["timm"]) | {"criterion.weight": torch.ones(5)},
         "hyper_parameters": {"lr": 1}},
-    "transformers": lambda s: prefixed("model.", s["huggingface"]),
     "net_ema": lambda s: prefixed("net.", s["other"]) | prefixed("net_ema.", s["native"]),
     "timm's linear layers": lambda s: {
         name: t.flatten(1) if t.ndim == 4 and t.shape[2:] == (1, 1) else t
@@ -2316,14 +2316,12 @@ KEYED = np.where((RGB == RGB[0, 0]).all(2, keepdims=True), 255, RGB)
 
 @pytest.mark.parametrize(("kind", "image", "expected", "options"), [
     pytest.param("png", GREY16, GREY, {}, id="16-bit png"),
-    pytest.param("tif", GREY16, GREY, {}, id="16-bit tif"),
     pytest.param("tif", GREY16.astype(">u2"), GREY, {}, id="16-bit big-endian tif"),
     pytest.param("png", GREY > 99, 255 * (GREY > 99), {}, id="1-bit png"),
     pytest.param("png", RGB, np.rot90(RGB, -1), {"exif": EXIF}, id="rotated png"),
     pytest.param("tif", GREY16, np.rot90(GREY, -1), {"exif": EXIF}, id="rotated 16-bit"),
     pytest.param("png", RGB, RGB, {"exif": b"Exif\x00\x00II*\x00broken" + b"\xff" * 9},
                  id="broken exif"),
-    pytest.param("png", CLEAR, ON_WHITE, {}, id="alpha png"),
     pytest.param("tif", CLEAR, ON_WHITE, {}, id="alpha tif"),
     pytest.param("gif", DRAWING, DRAWN, {}, id="drawing gif"),
     pytest.param("png", DRAWING.convert("LA"), DRAWN, {}, id="grey and alpha"),
@@ -2823,7 +2821,6 @@ def filters(run):
     ("--patch-size 2", lambda run: run.model.downsample_layers[0][0].stride == (2, 2)),
     ("--beta2 0.5", lambda run: group(run)["betas"] == (0.9, 0.5)),
     ("--wd 0.7", lambda run: group(run)["weight_decay"] == 0.7),
-    ("--optimizer sgd", lambda run: group(run)["momentum"] == 0.9),
     ("--optimizer muon --muon-lr 0.3",
      lambda run: run.optimizers[1].param_groups[0]["lr_scale"] == pytest.approx(300)),
     ("--layer-decay 0.5", lambda run: group(run)["lr_scale"] == 0.125),
@@ -2838,7 +2835,6 @@ def test_a_flag_reaches_the_run(small, line, seen):
     ({"epochs": "3"}, "--epochs must be a whole number in [1, 1000000], not '3'"),
     ({"lr": "x"}, "--lr must be a number in (0, inf), not 'x'"),
     ({"epochs": True}, "--epochs must be a whole number"),
-    ({"depths": [], "dims": []}, "--depths must be whole numbers in [1, inf), not []"),
     ({"variant": "teeny"}, "--variant must be one of")], ids=str)
 def test_wrong_values_from_python(values, message):
     with pytest.raises(train.UserError, match=re.escape(message)):
@@ -2849,7 +2845,7 @@ def test_wrong_values_from_python(values, message):
     ("--output=", "no value may be empty"), ("--patch-size 3", "choose from 1, 2, 4"),
     ("--lr x", "--lr: invalid float value: 'x'"),
     ("--lr 0", "--lr must be a number in (0, inf), not 0.0"), ("--lr nan", "must be "),
-    ("--lr inf", "not inf"), ("--drop_path 1", "--drop-path must be a number in [0, 1)"),
+    ("--drop_path 1", "--drop-path must be a number in [0, 1)"),
     ("--epochs 3 --warmup-epochs 3", "--warmup-epochs must be below --epochs, 3, not 3"),
     ("--img-size 8", "--img-size must be 16 or more, the network's total stride, not 8"),
     ("--start-size 8", "--start-size must be a multiple of 16, the network's stride"),
@@ -2879,20 +2875,15 @@ def test_wrong_values_are_refused_with_the_range(capsys, line, message):
     ("--init-from first/last.pt --freeze-backbone --patch-size 2 --dataset synthetic "
      "--output x --device cpu", "would leave untrained: downsample_layers.0.0.weight"),
     ("--recipe finetune", "need weights: --init-from"),
-    ("--freeze-backbone", "need weights"),
     ("--init-from first/last.pt --recipe finetune --optimizer muon", "give --muon-lr"),
     ("--variant atto --road GELU", "only one of --variant, --depths and --road"),
     ("--depths 1 1", "--depths and --dims belong together"),
     ("--muon-lr 0.1", "--muon-lr needs --optimizer muon"),
-    ("--beta2 0.9 --optimizer sgd", "--beta2 needs --optimizer adamw or"),
     ("--distill-alpha 1", "--distill-alpha needs --teacher"),
-    ("--start-share 0.3", "--start-share needs --start-size"),
-    ("--crop-scale 0.5", "--crop-scale needs images above 64 pixels"),
     ("--crop-padding 3 --img-size 96", "--crop-padding needs images of up to 64 pixels"),
     ("--mixup 0.3 --mix-prob 0", "--mixup needs a --mix-prob above 0"),
     ("--width 8", "--width needs --road"), ("--grn", "--grn needs --depths"),
-    ("--road GELU --layer-decay 0.5", "--layer-decay needs a network without --road"),
-    ("--road GELU --init paper", "--init needs a network without --road")])
+    ("--road GELU --layer-decay 0.5", "--layer-decay needs a network without --road")])
 def test_contradictions_are_refused(request, line, message):
     request.getfixturevalue("pretrained" if "first" in line else "small")
     assert re.search(f"^UserError: .*{message}", outcome(line))
@@ -3123,6 +3114,11 @@ def test_known_errors_have_a_remedy(small, monkeypatch, error, remedy):
     ended = outcome(f"{QUICK} --compile --output run")
     assert ended.startswith("UserError: ") and remedy in ended and "\n" not in ended
 
+def test_unknown_errors_keep_their_traceback(small, monkeypatch):
+    monkeypatch.setattr(train, "train_step", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        outcome(f"{QUICK} --output run")
+
 @posix
 @pytest.mark.parametrize("streams", [">/dev/full 2>/dev/full", ">&- 2>&-", "| true", ""],
                          ids=["full disk", "closed", "nobody reads", "names in ASCII"])
@@ -3138,6 +3134,12 @@ def test_printing_ends_no_run(tmp_path, streams):
     assert run.returncode == 0 and "Traceback" not in run.stderr
     assert (tmp_path / "run" / "weights.safetensors").exists()
     assert (r"(b, \xfcn\xef \U0001f600)" in run.stdout) == (not streams)
+
+def test_a_run_in_a_thread(small):
+    """Where no signals can be caught."""
+    with ThreadPoolExecutor() as pool:
+        ended = pool.submit(outcome, f"{QUICK} --epochs 1 --output run").result()
+    assert ended == "0"
 
 def run_as_script(line, monkeypatch):
     """The exit code of `python train.py` and a notebook's %run, but in this process."""
