@@ -530,8 +530,7 @@ def test_depthwise_gradient_is_pytorchs(size, dtype, monkeypatch):
             assert (ours - truth).norm() <= 1.5 * allowed
 
 # --- The recipe -------------------------------------------------------------------------
-# From here on: train.py, in its order. A test states what a run has to do, and does not
-# compare a run with itself. Nearly all take a network of two blocks.
+# From here on: train.py, in its order. Nearly all tests take a network of two blocks.
 
 SMALLEST = "--depths 1 1 --dims 8 16 --patch-size 4 --device cpu --amp off -j 0"
 QUICK = f"{SMALLEST} --dataset synthetic -b 32"  # 100 images: 3 steps an epoch
