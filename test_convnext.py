@@ -92,7 +92,7 @@ HERE = Path(__file__).parent
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # pytest wants markers declared in a file of its own
-    network, slow = pytest.mark.network, pytest.mark.slow
+    needs_network, slow = pytest.mark.network, pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
@@ -285,7 +285,7 @@ def test_fold_layer_scale_keeps_the_function(gamma):
     assert_close(logits_of(model, x), expected, atol=1e-6, rtol=1e-5)
     assert_close(block.mlp.pwconv2.weight.flatten(1), branch.flatten(1))
 
-@network
+@needs_network
 @pytest.mark.parametrize(("source", "expected"), [
     ("timm:convnext_tiny.fb_in1k", [-0.0260, -0.4739, 0.1911]),
     ("hf:facebook/convnext-tiny-224", [-0.0260, -0.4739, 0.1911]),
@@ -599,16 +599,17 @@ def spy(monkeypatch, name, record):
 
     monkeypatch.setattr(train, name, recorded)
 
-def at_call(number, name, action):
-    """train's function of this name, but before one of its calls the action happens."""
-    function, calls = getattr(train, name), itertools.count(1)
+def outcome_with(action, line, number, name="train_step"):
+    """The outcome, if the action happens before this call of train's function."""
+    calls = itertools.count(1)
 
-    def wrapped(*args, **more):
+    def act(*args, **more):
         if next(calls) == number:
             action()
-        return function(*args, **more)
 
-    return wrapped
+    with pytest.MonkeyPatch.context() as patch:
+        spy(patch, name, act)
+        return outcome(line)
 
 def interrupt():
     signal.raise_signal(signal.SIGINT)
@@ -937,16 +938,14 @@ def assert_same_files(folder, other):
                  id="random crops in workers"),
     pytest.param("--road ResNet-50 --width 8 --optimizer sgd --patch-size 4 --device cpu "
                  "--amp off -j 0 --dataset synthetic -b 32", "", id="BatchNorm")])
-def test_a_stopped_run_ends_with_the_same_bits(request, monkeypatch, line, at_resume):
+def test_a_stopped_run_ends_with_the_same_bits(request, line, at_resume):
     """Stopped in the middle of the second of three epochs of three steps."""
     request.getfixturevalue("pretrained" if "first" in line else "small")
     if "folder" in line:
         make_folder("data")
     line += " --epochs 3 --output "
     assert outcome(line + "whole") == "0"
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", at_call(5, "train_step", interrupt))
-        assert outcome(line + "parts") == "130"
+    assert outcome_with(interrupt, line + "parts", 5) == "130"
     assert torch.load("parts/last.pt", weights_only=True)["step"] == 5
     torch.rand(7)  # the random state at the time does not matter
     assert outcome(f"--resume parts/last.pt {at_resume}") == "0"
@@ -2065,7 +2064,7 @@ def test_a_frozen_backbone_stays_as_it_is(pretrained):
     trained = train.open_source("tuned/weights.safetensors").tensors["head.fc.bias"]
     assert trained.abs().min() > 1e-3  # it began at 0
 
-def test_a_classifier_for_the_same_classes_is_kept(pretrained, capsys):
+def test_a_classifier_is_kept_for_the_same_classes_alone(pretrained, capsys):
     make_folder("data")
     fine_tune(f"--init-from {pretrained}")
     os.rename("tuned", "first_tuned")
@@ -2172,10 +2171,10 @@ def test_compile_calls_the_network(small, monkeypatch):
 def load(line, train_split=True, classes=None):
     return train.load_split(recipe_of(line), train_split, classes)
 
-def picture(path, size=(8, 8)):
+def save_picture(path):
     """Save one of a single colour."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    PIL.Image.new("RGB", size).save(path)
+    PIL.Image.new("RGB", (8, 8)).save(path)
 
 def test_only_training_crops_large_images_at_random(small):
     make_folder("data")
@@ -2217,7 +2216,7 @@ def test_without_a_folder_train_every_fifth_image_of_a_class_is_a_test_image(sma
                                                                              capsys):
     for name, count in (("a", 10), ("b", 5), ("c", 7)):
         for i in range(count):
-            picture(f"data/{name}/{i:02}.png")
+            save_picture(f"data/{name}/{i:02}.png")
     learned, tested = load(FOLDER), load(FOLDER, train_split=False)
     assert [*map(str, tested.images)] == ["data/a/04.png", "data/a/09.png",
                                           "data/b/04.png", "data/c/04.png"]
@@ -2237,7 +2236,7 @@ def test_without_a_folder_train_every_fifth_image_of_a_class_is_a_test_image(sma
      "data/val has images of c, which are no classes of the training images: a,")])
 def test_folders_that_do_not_fit(small, made, message):
     for path in made.split():
-        picture(f"data/{path}")
+        save_picture(f"data/{path}")
     assert message in outcome(f"{FOLDER} --output run")
     assert not Path("run").exists()
 
@@ -2266,10 +2265,10 @@ def test_nothing_in_a_folder_disappears_or_is_doubled(small, capsys):
     (root / "wolf").symlink_to(elsewhere.absolute())
     expected = {*root.rglob("*.*"), *(root / "wolf").iterdir()}
     for name in ("a.jfif", "b.jpe", "c.GIF", "more/e.bmp", "more/deeper/again.png"):
-        picture(cats / name)
+        save_picture(cats / name)
         expected.add(cats / name)
     for name in (".ipynb_checkpoints/a.png", "@eaDir/a.png"):
-        picture(cats / name)
+        save_picture(cats / name)
     (root / ".hidden").mkdir()
     (cats / "parent").symlink_to(root.absolute())
     for path in (cats / "labels.txt", cats / "._a.png", root / "stray.png"):
@@ -2313,6 +2312,7 @@ DRAWN = np.where(ALPHA > 99, 0, 255)
 KEY = tuple(RGB[0, 0].tolist())
 KEYED = np.where((RGB == RGB[0, 0]).all(2, keepdims=True), 255, RGB)
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize(("kind", "image", "expected", "options"), [
     pytest.param("png", GREY16, GREY, {}, id="16-bit png"),
     pytest.param("tif", GREY16.astype(">u2"), GREY, {}, id="16-bit big-endian tif"),
@@ -2366,7 +2366,7 @@ def test_a_fourth_band_is_transparency_only_where_it_says_so(tmp_path, capsys, t
 def test_imagenet(small):
     """By identifiers, since two classes are called crane."""
     for split, wnid in itertools.product(("train", "val"), ("n02", "n01")):
-        picture(f"data/{split}/{wnid}/a.JPEG")
+        save_picture(f"data/{split}/{wnid}/a.JPEG")
     names = {"n01": ("crane", "bird"), "n02": ("crane", "machine")}
     torch.save((names, []), "data/meta.bin")
     data = load("--dataset imagenet --img-size 96", train_split=False)
@@ -2390,7 +2390,7 @@ def test_cifar100(small, monkeypatch, size):
     assert labels.tolist() == [3, 2]
 
 def test_food101(small):
-    picture("data/food-101/images/apple_pie/1.jpg")
+    save_picture("data/food-101/images/apple_pie/1.jpg")
     Path("data/food-101/meta").mkdir()
     for split in ("train", "test"):
         listed = Path("data/food-101/meta", f"{split}.json")
@@ -2488,7 +2488,7 @@ def test_other_images_are_refused_by_resume(small, size, split, change, refused)
     elif change == "renamed":
         path.rename(path.with_name("ünï 6.png"))
     elif change == "content":
-        picture(path)
+        save_picture(path)
     ended = outcome("--resume run/last.pt --data-dir elsewhere")
     what = "training" if split == "train" else "test"
     error = f"UserError: --resume needs the {what} images that the run began with: "
@@ -2565,7 +2565,7 @@ def test_files_that_are_no_weights(small, use, content, reason):
     assert re.search(f"^UserError: .*a.pt: .*{reason}", ended)
     assert not Path("executed").exists() and not Path("x").exists()
 
-def contents(path):
+def content_of(path):
     source = train.open_source(path)
     return without_times([source.tensors, source.network, source.expects, source.classes,
                           source.settings, dict(source.state)])
@@ -2575,7 +2575,7 @@ def contents(path):
 def test_no_damage_to_a_file_goes_unnoticed(pretrained, name, damage):
     """It is refused in one line, or the content is the very same."""
     path, refused = f"first/{name}", 0
-    content, original = Path(path).read_bytes(), contents(path)
+    content, original = Path(path).read_bytes(), content_of(path)
     choose, size = random.Random(damage), len(content)
     for _ in range(30):
         near = choose.randrange(min(size, 4000))  # most are near an end
@@ -2588,7 +2588,7 @@ def test_no_damage_to_a_file_goes_unnoticed(pretrained, name, damage):
             "turned": content[at:] + content[:at],
             "renamed": content.replace(b"train.py, f", b"Train.py, f")}[damage])
         try:
-            assert contents(path) == original
+            assert content_of(path) == original
         except train.UserError as error:
             assert path in str(error) and "\n" not in str(error)
             refused += 1
@@ -2624,12 +2624,10 @@ def test_tensorboard_shows_what_metrics_csv_has(small):
         expected = {row["epoch"]: float(row[name]) for row in rows if row[name]}
         assert logged == pytest.approx(expected, rel=1e-6), name
 
-def test_tensorboard_of_a_resumed_run_has_each_epoch_once(small, monkeypatch):
+def test_tensorboard_of_a_resumed_run_has_each_epoch_once(small):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", at_call(5, "train_step", interrupt))
-        assert outcome(f"{QUICK} --epochs 3 --output run") == "130"
+    assert outcome_with(interrupt, f"{QUICK} --epochs 3 --output run", 5) == "130"
     assert outcome("--resume run/last.pt") == "0"
     events = EventAccumulator("run").Reload()
     assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3]
@@ -2669,10 +2667,10 @@ def test_a_damaged_best_pt_is_named(small):
     ("replaced", "UserError: --resume needs the teacher that the run began with")])
 def test_a_teacher_may_move_but_not_change(pretrained, change, result):
     assert outcome(f"{QUICK} --epochs 1 --teacher {pretrained} --output run") == "0"
-    if change == "replaced":
-        assert outcome(f"{QUICK} --epochs 1 --seed 1 --output first2") == "0"
-        pretrained = "first2/weights.safetensors"
     os.rename(pretrained, "moved.safetensors")
+    if change == "replaced":
+        assert outcome(f"{QUICK} --epochs 1 --seed 1 --output other") == "0"
+        shutil.copy("other/weights.safetensors", "moved.safetensors")
     assert outcome("--resume run/last.pt --teacher moved.safetensors").startswith(result)
 
 @pytest.mark.parametrize("use", [
@@ -2695,7 +2693,7 @@ def save_shapes(count):
 def pictures(pretrained):
     """Paths of 12 pictures of shapes, and of one in a folder that is no class."""
     save_shapes(12)
-    picture("pictures/elsewhere/alone.png")
+    save_picture("pictures/elsewhere/alone.png")
     return sorted(map(str, Path("pictures").rglob("*.png")))
 
 def best_classes(paths):
@@ -2802,11 +2800,11 @@ def test_the_crop_of_weights_belongs_to_their_size(monkeypatch, use, line, img_s
     assert (recipe.img_size, recipe.crop_pct) == (img_size, crop_pct)
     assert train.network_name(recipe) == "ConvNeXt-atto"
 
-def group(run):
+def first_group(run):
     """The settings of AdamW's or SGD's first group of parameters."""
     return run.optimizers[0].param_groups[0]
 
-def filters(run):
+def filters_of(run):
     return run.model.stages[1][0].dwconv.weight
 
 @pytest.mark.parametrize(("line", "seen"), [
@@ -2814,15 +2812,15 @@ def filters(run):
     ("--drop-path 0.3", lambda run: run.model.stages[1][0].drop_path.p == 0.3),
     ("--head-init-scale 0.5", lambda run: 0.008 < run.model.head.fc.weight.std() < 0.012),
     ("--layer-scale 0.3", lambda run: run.model.stages[0][0].layer_scale.gamma[0] == 0.3),
-    ("--init paper", lambda run: 0.015 < filters(run).std() < 0.025),
-    ("--init fan-in", lambda run: 0.1 < filters(run).std() < 0.15),
+    ("--init paper", lambda run: 0.015 < filters_of(run).std() < 0.025),
+    ("--init fan-in", lambda run: 0.1 < filters_of(run).std() < 0.15),
     ("--grn", lambda run: hasattr(run.model.stages[0][0].mlp, "grn")),
     ("--patch-size 2", lambda run: run.model.downsample_layers[0][0].stride == (2, 2)),
-    ("--beta2 0.5", lambda run: group(run)["betas"] == (0.9, 0.5)),
-    ("--wd 0.7", lambda run: group(run)["weight_decay"] == 0.7),
+    ("--beta2 0.5", lambda run: first_group(run)["betas"] == (0.9, 0.5)),
+    ("--wd 0.7", lambda run: first_group(run)["weight_decay"] == 0.7),
     ("--optimizer muon --muon-lr 0.3",
      lambda run: run.optimizers[1].param_groups[0]["lr_scale"] == pytest.approx(300)),
-    ("--layer-decay 0.5", lambda run: group(run)["lr_scale"] == 0.125),
+    ("--layer-decay 0.5", lambda run: first_group(run)["lr_scale"] == 0.125),
     ("--amp bf16", lambda run: run.precision == torch.bfloat16),
     ("--ema-horizon 0", lambda run: run.ema is None and run.best_model is run.model),
     ("--epochs 7 -b 50", lambda run: (run.epoch_steps, run.total) == (2, 14))],
@@ -2975,12 +2973,18 @@ def assert_undisturbed():
     assert_same_files("run", "undisturbed")
     assert not [*Path("run").glob("*.tmp")]
 
+def assert_goes_on(step):
+    """From this step, to what an undisturbed run leaves."""
+    assert torch.load("run/last.pt", weights_only=True)["step"] == step
+    assert outcome("--resume run/last.pt") == "0"
+    assert_undisturbed()
+
 @posix
 @pytest.mark.parametrize(("name", "function", "number", "step"), [
     ("SIGINT", "train_step", 3, 3), ("SIGHUP", "train_step", 7, 7),
     ("SIGTERM", "evaluate", 3, 10), ("SIGUSR1", "train_step", 20, 20)])
-def test_a_signal_ends_a_run_and_loses_nothing(quick_run, monkeypatch, capsys, name,
-                                               function, number, step):
+def test_a_signal_ends_a_run_and_loses_nothing(quick_run, capsys, name, function, number,
+                                               step):
     """In an epoch, in an evaluation (the weights', then their average's), and in the last
     step. Schedulers may send it twice."""
     signals = [getattr(signal, name)] * (1 if name == "SIGINT" else 2)
@@ -2989,48 +2993,37 @@ def test_a_signal_ends_a_run_and_loses_nothing(quick_run, monkeypatch, capsys, n
         for each in signals:
             signal.raise_signal(each)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, function, at_call(number, function, send))
-        assert outcome(quick_run) == str(128 + signals[0])
+    assert outcome_with(send, quick_run, number, function) == str(128 + signals[0])
     said = capsys.readouterr().err
     assert "stopped; to go on: python train.py --resume run/last.pt" in said
-    assert torch.load("run/last.pt", weights_only=True)["step"] == step
-    assert outcome("--resume run/last.pt") == "0"
-    assert_undisturbed()
+    assert_goes_on(step)
 
 @posix
-def test_a_second_interrupt_acts_at_once(quick_run, monkeypatch):
+def test_a_second_interrupt_acts_at_once(quick_run):
     def twice():
         interrupt()
         interrupt()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", at_call(7, "train_step", twice))
-        assert outcome(quick_run) == "KeyboardInterrupt: "
-    assert torch.load("run/last.pt", weights_only=True)["step"] == 5
-    assert outcome("--resume run/last.pt") == "0"
-    assert_undisturbed()
+    assert outcome_with(twice, quick_run, 7) == "KeyboardInterrupt: "
+    assert_goes_on(step=5)
 
 @posix
-def test_under_nohup_a_closed_terminal_ends_no_run(quick_run, monkeypatch):
+def test_under_nohup_a_closed_terminal_ends_no_run(quick_run):
+    def hang_up():
+        signal.raise_signal(signal.SIGHUP)
+
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    monkeypatch.setattr(train, "train_step", at_call(
-        3, "train_step", lambda: signal.raise_signal(signal.SIGHUP)))
-    assert outcome(quick_run) == "0"
+    assert outcome_with(hang_up, quick_run, 3) == "0"
     assert_undisturbed()
 
 @posix
 def test_a_full_disk_leaves_the_old_files(quick_run, monkeypatch):
     monkeypatch.setattr(train, "SummaryWriter", Mock(), raising=False)
-    with contextlib.ExitStack() as stack, monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", at_call(
-            7, "train_step", lambda: stack.enter_context(full_disk())))
-        ended = outcome(quick_run)
+    with contextlib.ExitStack() as stack:
+        ended = outcome_with(lambda: stack.enter_context(full_disk()), quick_run, 7)
     message = r"UserError: cannot write run/last.pt \(.*\); the old files stay"
     assert re.fullmatch(message, ended)
-    assert torch.load("run/last.pt", weights_only=True)["step"] == 5
-    assert outcome("--resume run/last.pt") == "0"
-    assert_undisturbed()
+    assert_goes_on(step=5)
 
 def test_what_a_killed_run_left_is_written_again(quick_run):
     assert outcome(quick_run) == "0"
@@ -3052,7 +3045,7 @@ def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 @posix
 @pytest.mark.parametrize(("name", "result"), [
     ("SIGTERM", "0"), ("SIGKILL", "UserError: .*try fewer --workers")])
-def test_signals_to_processes_that_read_images(small, monkeypatch, name, result):
+def test_signals_to_processes_that_read_images(small, name, result):
     """What reaches all processes is left to the main one; a killed one ends the run in
     one line."""
     def send():
@@ -3062,8 +3055,7 @@ def test_signals_to_processes_that_read_images(small, monkeypatch, name, result)
                 process.join(20)  # the news arrives here, not where images are awaited
 
     make_folder("data")
-    monkeypatch.setattr(train, "train_step", at_call(1, "train_step", send))
-    assert re.match(result, outcome(f"{LARGE} -b 1 -j 1 --output run"))
+    assert re.match(result, outcome_with(send, f"{LARGE} -b 1 -j 1 --output run", 1))
 
 # --- Errors, streams and notebooks
 
