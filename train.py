@@ -799,8 +799,12 @@ def load_initial(model: nn.Module, source: Source, classes: list[str], recipe: R
     return f"{len(model.state_dict()) - len(kept)} parameters of {source.name}{new}"
 
 def freeze_all_but_classifier(model: nn.Module) -> None:
+    """Also keep BatchNorm's running statistics, which are no parameters."""
     for name, p in model.named_parameters():
         p.requires_grad_(".fc." in name)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
 
 class Teacher(nn.Module):
     """A trained network that sees the student's images with its own normalization."""

@@ -6,7 +6,6 @@ grey for what acts on each value alone. Networks that are compared are black and
 
 import base64
 import csv
-import inspect
 import io
 import json
 import textwrap
@@ -19,7 +18,7 @@ import torch
 import torchvision
 from einops import rearrange
 from IPython import get_ipython
-from IPython.display import HTML, Markdown, display
+from IPython.display import HTML, display
 from matplotlib import colors
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw
@@ -72,14 +71,11 @@ def fold(text: str, figure: plt.Figure | None = None, title: str = "Answer") -> 
                    f'src="data:image/png;base64,{base64.b64encode(data).decode()}">')
     display(HTML(f"<details><summary><b>{title}</b></summary>{text}{picture}</details>"))
 
-def source(*things: object) -> Markdown:
-    """The code of functions and classes, as it is in the files."""
-    code = "\n".join(textwrap.dedent(inspect.getsource(thing)) for thing in things)
-    return Markdown(f"```python\n{code}```")
-
-def table(head: list[str], *rows: list) -> Markdown:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return Markdown("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
+def table(head: list[str], *rows: list) -> str:
+    """An HTML table, for `fold`."""
+    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
+    lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 def bare(*axes: plt.Axes) -> None:
     """Images without ticks and edges."""
@@ -319,7 +315,8 @@ def stem_boxes(d: convnext.Design) -> list[Box]:
 
 def downsampling_boxes(d: convnext.Design) -> list[Box]:
     if d.separate_downsampling:
-        return [("LN", d.width, NORM), ("2×2\nstride 2", 2 * d.width, "black")]
+        outer = d.width if d.inverted else 4 * d.width
+        return [("LN", outer, NORM), ("2×2\nstride 2", 2 * d.width, "black")]
     return [("stride 2 in\nthe 1st block", 0, "white")]
 
 def draw_row(axis: plt.Axes, boxes: list[Box], x: float, y: float,
@@ -360,36 +357,46 @@ def changed(before: list, after: list) -> set[int]:
         same |= set(range(block.b, block.b + block.size))
     return set(range(len(after))) - same
 
-def designs(named: dict[str, convnext.Design]) -> None:
+PARTS = {"stem": (stem_boxes, 7.0), "a block of stage 1": (block_boxes, 14.4),
+         "between stages": (downsampling_boxes, 3.9)}  # and how wide they are
+
+def designs(named: dict[str, convnext.Design], parts: tuple[str, ...] = tuple(PARTS)) -> None:
     """Networks as rows of boxes; what differs from the row above is bright."""
-    _figure, axis = plt.subplots(figsize=(8.6, 1.15 * len(named) + 0.35))
-    parts = (stem_boxes, block_boxes, downsampling_boxes)
-    places = (0, 7.0, 21.4)
-    last = None
+    wide = sum(PARTS[part][1] for part in parts)
+    _figure, axis = plt.subplots(figsize=(0.266 * (wide + 7), 1.15 * len(named) + 0.35))
+    last, alone = None, len(named) == 1
+    shows_depths = len(parts) == len(PARTS) or len({d.depths for d in named.values()}) > 1
     for row, (name, d) in enumerate(named.items()):
-        y = -2.3 * row
-        for part, x in zip(parts, places):
-            lit = None if row == 0 and len(named) == 1 else set()
-            if last is not None:
-                lit = changed(part(last), part(d))
-            draw_row(axis, part(d), x, y, lit)
+        x, y = 0.0, -2.3 * row
         axis.text(-0.4, y, textwrap.fill(name, 14), ha="right", va="center", fontsize=8)
-        new = last is not None and last.depths != d.depths
-        axis.text(25.3, y, " ".join(map(str, d.depths)), va="center", fontsize=8,
-                  weight="bold" if new or last is None and len(named) == 1 else "normal",
-                  color="black" if new else OTHER)
+        for part in parts:
+            boxes_of, width = PARTS[part]
+            lit = None if alone else set()
+            if last is not None:
+                lit = changed(boxes_of(last), boxes_of(d))
+            draw_row(axis, boxes_of(d), x, y, lit)
+            x += width
+        new = alone or last is not None and last.depths != d.depths
+        axis.text(x, y, shows_depths * " ".join(map(str, d.depths)), va="center", fontsize=8,
+                  weight="bold" if new else "normal", color="black" if new else OTHER)
         last = d
-    for x, text in zip((*places, 25.3), ("stem", "a block of stage 1", "between stages", "blocks")):
-        axis.text(x, 1.25, text, fontsize=8, style="italic")
-    axis.set(xlim=(-4.8, 27.5), ylim=(-2.3 * len(named) + 1.0, 1.6))
+    x = 0.0
+    for part in parts:
+        axis.text(x, 1.25, part, fontsize=8, style="italic")
+        x += PARTS[part][1]
+    axis.text(x, 1.25, shows_depths * "blocks", fontsize=8, style="italic")
+    axis.set(xlim=(-4.8, x + 2.2), ylim=(-2.3 * len(named) + 1.0, 1.6))
     axis.set_axis_off()
     plt.show()
 
 def step(after: str, before: str | None = None) -> None:
-    """What a step of the road changes. before: the step to compare with, by default the last."""
+    """The parts that a step of the road changes. before: the step to compare with, by default
+    the last."""
     kept = [name for name, about in STEPS.items() if about.kept]
     before = before or kept[kept.index(after) - 1]
-    designs({before: DESIGNS[before], after: DESIGNS[after]})
+    old, new = DESIGNS[before], DESIGNS[after]
+    differ = tuple(part for part, (boxes, _) in PARTS.items() if boxes(old) != boxes(new))
+    designs({before: old, after: new}, differ or ("a block of stage 1",))
 
 # --- The paper's road -----------------------------------------------------------------------------
 
@@ -432,8 +439,8 @@ def road_of_the_paper() -> plt.Figure:
     left.grid(axis="y", color="#EEEEEE", zorder=0)
     return figure
 
-def stage_budget() -> None:
-    _, axes = plt.subplots(1, 2, figsize=(8, 2.5))
+def stage_budget() -> plt.Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(8, 2.5))
     looks = {"ResNet-50": ("ResNet-50, (3, 4, 6, 3)", OTHER),
              "stage ratio": ("ResNet-50, (3, 3, 9, 3)", "#BBBBBB"),
              "separate downsampling": ("ConvNeXt-T, (3, 3, 9, 3)", "black")}
@@ -450,7 +457,7 @@ def stage_budget() -> None:
     axes[0].set_title("Where the arithmetic is")
     axes[1].set_title("Where the parameters are")
     axes[0].legend(fontsize=8)
-    plt.show()
+    return figure
 
 def patches(picture: Tensor, size: int) -> None:
     """picture: (h, w, 3) from 0 to 1. The image, its patches, and one of them as numbers."""
@@ -558,13 +565,14 @@ def passing(alike: dict[str, list], added: dict[str, list]) -> None:
              "one activation": ("one activation, three norms", "s", "black"),
              "one norm": ("one of each", "^", NORM)}
     _, axes = plt.subplots(1, 2, figsize=(8, 2.8))
-    for name, (label, style, color) in looks.items():
+    for shift, (name, (label, style, color)) in enumerate(looks.items()):
+        blocks = [block + 0.25 * (shift - 1) for block in range(1, 19)]  # side by side
         for axis, values in zip(axes, (alike, added)):
-            axis.plot(range(1, 19), values[name], style, color=color, markersize=4, label=label)
+            axis.plot(blocks, values[name], style, color=color, markersize=4, label=label)
     for axis in axes:
         for edge in (3.5, 6.5, 15.5):
             axis.axvline(edge, color="#DDDDDD", zorder=0)
-        axis.set(xlabel="block (lines: the next stage begins)", xticks=(1, 4, 7, 10, 13, 16))
+        axis.set(xlabel="block (a line: the next stage begins)", xticks=(1, 4, 7, 10, 13, 16))
     axes[0].set(ylim=(-0.15, 1), title="How alike two unrelated images are (cosine)")
     axes[1].set(ylim=(0, 1.5), title="Size of a branch / size of its shortcut")
     axes[0].legend(fontsize=8)
@@ -642,7 +650,8 @@ class LiveCurves:
         if points and points[-1][0] >= step:
             points.clear()
         points.append((step, loss, 100 * accuracy))
-        self.handle.update(self.picture())
+        if self.handle is not None:  # None outside of IPython
+            self.handle.update(self.picture())
 
     def elsewhere(self) -> None:
         """Let the next picture appear below the cell that runs then."""
@@ -651,7 +660,8 @@ class LiveCurves:
     def picture(self) -> plt.Figure:
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.7))
         looks = {"ConvNeXt": ("black", "-"), "3×3": (POSITIONS, "-"), "no norm": (NORM, "-"),
-                 "attention": (POSITIONS, "--"), "no mixing": (POSITIONS, ":")}
+                 "attention": (POSITIONS, "--"), "no mixing": (POSITIONS, ":"),
+                 "attention, own block": (POSITIONS, "-.")}
         others = iter(("-", "--", ":", "-.") * 9)
         for name, points in self.runs.items():
             color, style = looks[name] if name in looks else (OTHER, next(others))
@@ -714,33 +724,37 @@ def our_road() -> plt.Figure:
         color = step_color(name) if single else "black" if i < len(on_road) else POSITIONS
         axis.plot([values.min(), values.max()], [i, i], color=color, linewidth=1.5)
         axis.scatter(values, [i] * len(values), marker="|", s=60, color=color)
-        axis.scatter(values.mean(), i, s=36, color=color, zorder=3,
+        axis.scatter(values.mean(), i, s=36, edgecolor=color, zorder=3,
+                     facecolor=color if len(values) > 1 else "white",
                      marker="o" if i < len(on_road) else "D")
         if before is not None and i < len(on_road):
             axis.annotate(minus(f"{values.mean() - before:+.1f}"), (values.max(), i), (9, 0),
                           textcoords="offset points", va="center", fontsize=9,
                           bbox={"fc": "white", "ec": "none", "pad": 0.5})
         before = values.mean()
-    axis.set(yticks=range(len(names)), xlabel="CIFAR-10 top-1 in % on 30,000 held-out images; "
-             "bars: the seeds", xlim=(None, max(v.max() for v in OURS.values()) + 1.5))
+    best = max(values.max() for values in OURS.values())
+    axis.set(yticks=range(len(names)), xlim=(None, best + 1.5), xlabel="CIFAR-10 top-1 in % on "
+             "30,000 held-out images; bars: the seeds; hollow: one seed")
     axis.set_yticklabels([textwrap.fill(labels[name], 44) for name in names], fontsize=8)
     axis.grid(axis="y", color="#EEEEEE", zorder=0)
     axis.invert_yaxis()
     return figure
 
 def road_in_words() -> str:
-    """Which rows of our road differ by both runs from the row before."""
+    """Which rows of our road differ from the row before, by all runs of both. A single run has to
+    differ by the 1.5 points that two seeds can differ by."""
     labels = road_labels()
     names = [name for name in OURS if name in STEPS or "old" in name]
     lines = {"better": [], "worse": [], "not to be told apart": []}
     for last, name in pairwise(names):
         kind = "not to be told apart"
-        if OURS[name].min() > OURS[last].max():
+        margin = 1.5 if min(len(OURS[name]), len(OURS[last])) == 1 else 0
+        if OURS[name].min() > OURS[last].max() + margin:
             kind = "better"
-        elif OURS[name].max() < OURS[last].min():
+        elif OURS[name].max() < OURS[last].min() - margin:
             kind = "worse"
         lines[kind].append(labels[name])
-    return "".join(f"<li><b>{kind}</b>, by all runs of both rows: {'; '.join(rows) or 'none'}</li>"
+    return "".join(f"<li><b>{kind}</b>, by all runs: {'; '.join(rows) or 'none'}</li>"
                    for kind, rows in lines.items()).join(("<ul>", "</ul>"))
 
 def cost_and_accuracy() -> None:
@@ -780,10 +794,10 @@ def grn_maps(before: Tensor, after: Tensor, scale: float) -> None:
     figure.suptitle("Below each map: its strength over the image", fontsize=10)
     plt.show()
 
-def times(time_of: dict[str, dict[str, float]]) -> None:
+def times(time_of: dict[str, dict[str, float]]) -> plt.Figure:
     macs = {"depthwise 7×7": 49, "LayerNorm": 0, "GELU": 0, "linear": 8 * 96}
     bars = {"MACs": macs} | {f"time, {way}": values for way, values in time_of.items()}
-    _, axis = plt.subplots(figsize=(7.5, 2.2))
+    figure, axis = plt.subplots(figsize=(7.5, 2.2))
     for row, (label, values) in enumerate(bars.items()):
         left, whole = 0, sum(values.values())
         for name, color in zip(macs, (POSITIONS, NORM, OTHER, CHANNELS)):
@@ -795,7 +809,7 @@ def times(time_of: dict[str, dict[str, float]]) -> None:
     axis.set(xlabel="share of the block (the numbers are the depthwise convolution's)", xlim=(0, 1))
     axis.invert_yaxis()
     axis.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35))
-    plt.show()
+    return figure
 
 def image_grid(columns: dict[str, Tensor], names: list[str]) -> None:
     """A column for each entry: images (n, 3, h, w) from 0 to 1."""
@@ -822,7 +836,8 @@ def training_curves() -> None:
     smoothed = np.array([0.91] + [0.01] * 9)
     lowest = -(smoothed * np.log(smoothed)).sum()
     left.axhline(lowest, color=OTHER, linestyle="--")
-    left.text(60, lowest - 0.03, "lowest that label smoothing allows", va="top", fontsize=8)
+    left.text(128, lowest - 0.03, "lowest that label smoothing allows", va="top", ha="right",
+              fontsize=8)
     left.set(xlabel="minutes on two CPU cores", ylabel="training loss", ylim=(0.3, 2.1))
     right.set(xlabel="minutes on two CPU cores", ylabel="test accuracy in %")
     right.legend(loc="lower right", fontsize=8)
@@ -842,16 +857,16 @@ def strongest_filters(networks: dict[str, nn.Module]) -> None:
     figure.suptitle("Red +, blue −, each scaled", fontsize=10)
     plt.show()
 
-def learned_fields(networks: dict[str, list[tuple[Tensor, float]]]) -> None:
+def learned_fields(networks: dict[str, list[tuple[Tensor, float]]]) -> plt.Figure:
     """For each network, |gradient| (32, 32) and mean distance of each stage."""
-    _, axes = plt.subplots(len(networks), 4, figsize=(7.2, 3.6))
+    figure, axes = plt.subplots(len(networks), 4, figsize=(7.2, 3.6))
     bare(*axes.flat)
     for row, (name, sizes) in zip(axes, networks.items()):
         row[0].set_ylabel(name)
         for number, (axis, (size, radius)) in enumerate(zip(row, sizes), 1):
             axis.imshow(size / size.max(), cmap="Oranges", norm=colors.PowerNorm(0.5, 0, 1))
             axis.set_title(f"stage {number}: {radius:.1f} pixels", fontsize=9)
-    plt.show()
+    return figure
 
 def confidence(sure_by: Tensor, correct: Tensor) -> plt.Figure:
     """How often answers are right, by their stated probability; bars: two standard errors."""
@@ -893,7 +908,8 @@ def fine_tuning() -> plt.Figure:
                           if key[:2] == (start, n)]) for n in shots]
         axis.semilogx(shots, means, style, color=color, label=label, markersize=4)
         for n, mean in zip(shots, means):
-            axis.annotate(f"{mean:.0f}", (n, mean), (0, 5 if start == "finetune" else -11),
+            above = start == "finetune" or start == "probe" and n == shots[-1]
+            axis.annotate(f"{mean:.0f}", (n, mean), (0, 5 if above else -11),
                           textcoords="offset points", ha="center", fontsize=7)
     axis.set(xlabel="images per class", ylabel="test accuracy in %", ylim=(45, 92))
     axis.set_xticks(shots, shots)
