@@ -1632,6 +1632,27 @@ def test_gradients_with_compile_and_autocast(speed_up):
             error = (gradient - expected[name]).norm() / expected[name].norm()
             assert error < tolerance, (name, error)
 
+def test_torch_func(speed_up):
+    """The gradient of each image, and the slope in a direction."""
+    model, x = four_blocks().double(), torch.randn(3, 3, 64, 64, dtype=torch.double)
+    expected, plain = gradients(model, x), copy.deepcopy(model)
+    parameters = dict(speed_up(model).named_parameters())
+
+    def loss(parameters, image, model=model):
+        y = torch.func.functional_call(model, parameters, (image[None],))
+        return y.square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    assert_close({name: g.sum(0) for name, g in each.items()}, expected)
+    tangents = {name: torch.randn_like(p) for name, p in parameters.items()}
+    slope = 0
+    for image in x:  # forward-mode derivatives need the model as it was
+        _, change = torch.func.jvp(
+            lambda p, image=image: loss(p, image, plain), (parameters,), (tangents,))
+        slope += change
+    products = [(expected[name] * tangent).sum() for name, tangent in tangents.items()]
+    assert_close(slope, sum(products))
+
 @pytest.mark.filterwarnings("ignore")  # about tracing, which PyTorch gives up
 def test_copies_and_exports_with_any_size(speed_up):
     """With gradients on, as in somebody's script."""
