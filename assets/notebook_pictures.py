@@ -389,6 +389,11 @@ def designs(named: dict[str, convnext.Design], parts: tuple[str, ...] = tuple(PA
     axis.set_axis_off()
     plt.show()
 
+def fields_of(d: convnext.Design) -> str:
+    """Each field with its value, without the paths of classes."""
+    values = {name: getattr(value, "__name__", value) for name, value in d._asdict().items()}
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
 def step(after: str, before: str | None = None) -> None:
     """The parts that a step of the road changes. before: the step to compare with, by default
     the last."""
@@ -396,7 +401,7 @@ def step(after: str, before: str | None = None) -> None:
     before = before or kept[kept.index(after) - 1]
     old, new = DESIGNS[before], DESIGNS[after]
     differ = tuple(part for part, (boxes, _) in PARTS.items() if boxes(old) != boxes(new))
-    designs({before: old, after: new}, differ or ("a block of stage 1",))
+    designs({before: old, after: new}, differ)
 
 # --- The paper's road -----------------------------------------------------------------------------
 
@@ -660,8 +665,8 @@ class LiveCurves:
     def picture(self) -> plt.Figure:
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.7))
         looks = {"ConvNeXt": ("black", "-"), "3×3": (POSITIONS, "-"), "no norm": (NORM, "-"),
-                 "attention": (POSITIONS, "--"), "no mixing": (POSITIONS, ":"),
-                 "attention, own block": (POSITIONS, "-.")}
+                 "no mixing": (POSITIONS, ":"), "attention": ("#AA3377", "-"),
+                 "attention, own block": ("#AA3377", "--")}
         others = iter(("-", "--", ":", "-.") * 9)
         for name, points in self.runs.items():
             color, style = looks[name] if name in looks else (OTHER, next(others))
@@ -723,9 +728,9 @@ def our_road() -> plt.Figure:
         single = name in STEPS and "+" not in labels[name]
         color = step_color(name) if single else "black" if i < len(on_road) else POSITIONS
         axis.plot([values.min(), values.max()], [i, i], color=color, linewidth=1.5)
-        axis.scatter(values, [i] * len(values), marker="|", s=60, color=color)
-        axis.scatter(values.mean(), i, s=36, edgecolor=color, zorder=3,
-                     facecolor=color if len(values) > 1 else "white",
+        if len(values) > 1:
+            axis.scatter(values, [i] * len(values), marker="|", s=60, color=color)
+        axis.scatter(values.mean(), i, s=36, color=color, zorder=3,
                      marker="o" if i < len(on_road) else "D")
         if before is not None and i < len(on_road):
             axis.annotate(minus(f"{values.mean() - before:+.1f}"), (values.max(), i), (9, 0),
@@ -734,7 +739,7 @@ def our_road() -> plt.Figure:
         before = values.mean()
     best = max(values.max() for values in OURS.values())
     axis.set(yticks=range(len(names)), xlim=(None, best + 1.5), xlabel="CIFAR-10 top-1 in % on "
-             "30,000 held-out images; bars: the seeds; hollow: one seed")
+             "30,000 held-out images; bars: two seeds")
     axis.set_yticklabels([textwrap.fill(labels[name], 44) for name in names], fontsize=8)
     axis.grid(axis="y", color="#EEEEEE", zorder=0)
     axis.invert_yaxis()
@@ -745,16 +750,16 @@ def road_in_words() -> str:
     differ by the 1.5 points that two seeds can differ by."""
     labels = road_labels()
     names = [name for name in OURS if name in STEPS or "old" in name]
-    lines = {"better": [], "worse": [], "not to be told apart": []}
+    lines = {"better": [], "worse": [], "too close to tell": []}
     for last, name in pairwise(names):
-        kind = "not to be told apart"
+        kind = "too close to tell"
         margin = 1.5 if min(len(OURS[name]), len(OURS[last])) == 1 else 0
         if OURS[name].min() > OURS[last].max() + margin:
             kind = "better"
         elif OURS[name].max() < OURS[last].min() - margin:
             kind = "worse"
         lines[kind].append(labels[name])
-    return "".join(f"<li><b>{kind}</b>, by all runs: {'; '.join(rows) or 'none'}</li>"
+    return "".join(f"<li><b>{kind}</b>: {'; '.join(rows) or 'none'}</li>"
                    for kind, rows in lines.items()).join(("<ul>", "</ul>"))
 
 def cost_and_accuracy() -> None:
