@@ -129,7 +129,8 @@ def road() -> Figure:
     rows = [("ResNet-50, old recipe", ("ResNet-50", "old"), "black"),
             ("new training recipe", ("ResNet-50", "new"), "black")]
     rows += [(name, (name, "new"), colour_of(step)) for name, step in [*steps.items()][1:]]
-    rows += [("window attention instead", ("window attention", "new"), POSITIONS)]
+    instead = ("window attention", "Swin block")  # of the last network's convolution or block
+    rows += [(f"{name} instead", (name, "new"), POSITIONS) for name in instead]
     figure, axis = plt.subplots(figsize=(WIDTH, 5.6))
     before, means = None, {}
     for place, (_, key, colour) in enumerate(rows):
@@ -141,17 +142,19 @@ def road() -> Figure:
         top1 = numbers(runs[key], "held_out_top1")
         means[key] = top1.mean()
         axis.scatter(top1, [place] * len(top1), s=50, color=colour, zorder=2,
-                     marker="D" if key[0] == "window attention" else "o")
+                     marker="D" if key[0] in instead else "o")
         axis.plot(top1.mean(), place, "|", color="#999999", markersize=14, zorder=1)
         if before is not None:
-            attention = key[0] == "window attention"
-            gain = signed(top1.mean() - before, 1) + " against the row above" * attention
+            gain = signed(top1.mean() - before, 1)
+            if key[0] in instead:
+                gain = signed(top1.mean() - means["separate downsampling", "new"], 1)
+                gain += " against the road's end"
             note(axis, gain, top1.max(), place, right=9,
                  bbox={"fc": "white", "ec": "none", "pad": 1})
-            if not attention:
+            if key[0] not in instead:
                 axis.plot([before, top1.mean()], [place - 1, place], color="#CCCCCC", zorder=1)
         before = top1.mean()
-    axis.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6), 
+    axis.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6),
              xlabel="accuracy on 30,000 held-out images of CIFAR-10 in %; a point is a seed")
     axis.margins(x=0.12)
     axis.set_yticklabels([name for name, _, _ in rows])
