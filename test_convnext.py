@@ -1384,13 +1384,6 @@ def save_picture(path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     PIL.Image.new("RGB", (8, 8)).save(path)
 
-def save_cifar(folder, counts):
-    """CIFAR's own files, with two images each: of ones in the first file, and so on."""
-    for number, (name, labels) in enumerate(counts.items(), 1):
-        pixels = np.full((2, 3072), number, np.uint8)
-        content = {"data": pixels, labels: [number, 0]}
-        Path(folder, name).write_bytes(pickle.dumps(content))
-
 @pytest.mark.parametrize(("name", "files", "learned", "tested"), [
     ("cifar10", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"],
      [1, 1, 2, 2, 3, 3, 4, 4, 5, 5], [6, 6]),
@@ -1402,7 +1395,9 @@ def test_splits_are_torchvisions(small, monkeypatch, name, files, learned, teste
     folder = Path("data", dataset.base_folder)
     folder.mkdir(parents=True)
     key = "labels" if name == "cifar10" else "fine_labels"
-    save_cifar(folder, dict.fromkeys(files, key))
+    for number, file in enumerate(files, 1):  # two images each, of ones in the first file
+        content = {"data": np.full((2, 3072), number, np.uint8), key: [number, 0]}
+        Path(folder, file).write_bytes(pickle.dumps(content))
     classes = [f"class {i}" for i in range(100)]
     names = pickle.dumps({dataset.meta["key"]: classes})
     Path(folder, dataset.meta["filename"]).write_bytes(names)

@@ -145,11 +145,11 @@ def road() -> Figure:
                      marker="D" if key[0] in instead else "o")
         axis.plot(top1.mean(), place, "|", color="#999999", markersize=14, zorder=1)
         if before is not None:
-            gain = signed(top1.mean() - before, 1)
+            end = ""
             if key[0] in instead:
-                gain = signed(top1.mean() - means["separate downsampling", "new"], 1)
-                gain += " against the road's end"
-            note(axis, gain, top1.max(), place, right=9,
+                before = means["separate downsampling", "new"]
+                end = " against the road's end"
+            note(axis, signed(top1.mean() - before, 1) + end, top1.max(), place, right=9,
                  bbox={"fc": "white", "ec": "none", "pad": 1})
             if key[0] not in instead:
                 axis.plot([before, top1.mean()], [place - 1, place], color="#CCCCCC", zorder=1)
