@@ -420,7 +420,7 @@ VARIANTS = {
     "large": Variant((3, 3, 27, 3), (192, 384, 768, 1536), 34.4),          # 197.8M
     "xlarge": Variant((3, 3, 27, 3), (256, 512, 1024, 2048), 60.9),        # 350.2M
 }  # fmt: skip
-# GRN contains no matrix product, so V2 is counted like V1.
+# GRN contains no matrix product, so V2 is counted like V1. (Its paper prints 4.47 for Tiny.)
 VARIANTS |= {f"v2_{name}": VARIANTS[name]._replace(grn=True)
              for name in ("atto", "femto", "pico", "nano", "tiny", "base", "large")}
 VARIANTS["v2_huge"] = Variant((3, 3, 27, 3), (352, 704, 1408, 2816), 115, grn=True)
@@ -522,7 +522,7 @@ def pointwise(c_in: int, c_out: int, norm: type[nn.Module] | None, stride: int =
     return [layer, norm(c_out)] if norm else [layer]
 
 class RoadmapBlock(nn.Module):
-    """A block between ResNet's and ConvNeXt's. (b, dim_in, h, w) -> (b, dim, h // s, w // s)
+    """A block between ResNet's and ConvNeXt's. (b, dim_in, h, w) -> (b, dim, ⌈h / s⌉, ⌈w / s⌉)
 
     width: channels of the narrow layers. The block returns dim channels, 4·width or, if it is
     inverted, width; they can be read as `block.dim`. stride: s, of the kxk convolution and of the
@@ -1077,7 +1077,8 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
     names (`module.`, `backbone.`, ...). The prefix is whatever stands before the name of any
     block's pwconv1. Tensors without the prefix are ignored; where there is none, all must fit. If
     there are several networks, the averaged one ("ema") is chosen, as in timm. Raises ValueError
-    for anything but a ConvNeXt with finite weights, and what read_source raises.
+    for anything but a ConvNeXt with finite weights, TypeError for what is neither a state dict nor
+    a file's name, and what read_source raises.
     """
     if isinstance(source, Weights):
         return source
@@ -1242,11 +1243,11 @@ def fold_layer_scale(model: nn.Module) -> nn.Module:
 def speed_up(model: nn.Module) -> nn.Module:
     """Make training on a CPU faster, in place, and return the model.
 
-    Each DepthwiseConv becomes a FastDepthwiseConv. Only its class is exchanged, so parameters,
-    names and hooks stay, and it computes the same up to rounding. PyTorch's own convolution still
-    runs on a GPU, without gradients and in an export. A layer whose settings or methods you changed
-    stays as it is, but what you change afterwards is not noticed. Forward-mode derivatives
-    (torch.func.jvp) need the model as it was before.
+    Each DepthwiseConv of stride 1 becomes a FastDepthwiseConv. Only its class is exchanged, so
+    parameters, names and hooks stay, and it computes the same up to rounding. PyTorch's own
+    convolution still runs on a GPU, without gradients and in an export. A layer whose settings or
+    methods you changed stays as it is, but what you change afterwards is not noticed. Forward-mode
+    derivatives (torch.func.jvp) need the model as it was before.
     """
     methods = DepthwiseConv.forward, DepthwiseConv._conv_forward
     if methods != (nn.Conv2d.forward, nn.Conv2d._conv_forward):

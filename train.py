@@ -149,8 +149,8 @@ class Recipe:
     epochs: int = setting(100, "passes over the images", "[1, 1000000]", group="optimization")
     batch_size: int = setting(128, "images per step", "[1, 1000000]", short="-b")
     accumulate: int = setting(1, "compute each step in N parts, to need less memory", "[1, inf)")
-    optimizer: str = setting("adamw", "muon: Muon for matrices and filters, AdamW for the rest; "
-                             "sgd: with momentum 0.9", ("adamw", "muon", "sgd"))
+    optimizer: str = setting("adamw", "muon: Muon for the blocks' matrices and dense filters, "
+                             "AdamW for the rest; sgd: with momentum 0.9", ("adamw", "muon", "sgd"))
     lr: float = setting(1e-3, "peak learning rate", "(0, inf)")
     muon_lr: float = setting(0.02, "peak learning rate of Muon", "(0, inf)")
     min_lr: float = setting(1e-6, "final learning rate; Muon's falls in proportion", "[0, inf)")
@@ -199,7 +199,7 @@ class Recipe:
         small = self.start_size and epoch < self.epochs * self.start_share
         return self.start_size if small else self.img_size
 
-# For a small network on two CPU cores; assets/results.md shows what each of these gains.
+# For a small network on two CPU cores; assets/results.md shows what most of these gain.
 FAST = {
     "variant": "atto", "patch_size": 1, "drop_path": 0.0,
     "optimizer": "muon", "lr": 3e-3, "muon_lr": 0.02, "beta2": 0.95, "weight_decay": 0.02,
@@ -522,30 +522,6 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
 
 
 # --- 4. Evaluation ------------------------------------------------------------------------------
-@torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], mean: Tensor, std: Tensor,
-             precision: torch.dtype, tta: bool = False) -> dict[str, float]:
-    """The mean cross-entropy, and the top-1 and top-5 accuracy in %, over batches of bytes
-    (b, 3, h, w) and labels (b,). tta: average the logits of each image and its mirror image."""
-    model.eval()
-    device = next(model.parameters()).device
-    count = 0
-    sums = torch.zeros(3, device=device)
-    for images, labels in batches:
-        labels = labels.to(device, non_blocking=True)
-        x = normalize(images.to(device, non_blocking=True) / 255, mean, std)
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits = model(x).float()
-            if tta:
-                logits = (logits + model(x.flip(3)).float()) / 2
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        top = logits.topk(min(5, logits.shape[1])).indices  # (b, 5)
-        hits = top == rearrange(labels, "b -> b 1")
-        sums += torch.stack([loss, 100 * hits[:, 0].sum(), 100 * hits.sum()])
-        count += len(labels)
-    loss, top1, top5 = (sums / max(1, count)).tolist()
-    return {"loss": loss, "top1": top1, "top5": top5}
-
 def report_run(run: Run) -> None:
     """Print the scores of last.pt and, if images were held out, of best.pt."""
     for path in (run.folder / "last.pt", run.folder / "best.pt"):
@@ -576,7 +552,7 @@ def report_source(source: Source, recipe: Recipe, splits: tuple | None = None) -
     check_classes(source, test.classes)
     device = pick_device(recipe.device)
     model = load_network(source).to(device, memory_format=torch.channels_last)
-    mean, std = (torch.tensor(source.expects[name]) for name in ("mean", "std"))
+    mean, std = source.statistics
     report(source.name, model, test, mean, std, recipe, pick_precision(recipe.amp, device))
 
 def report(name: str, model: nn.Module, images: Images, mean: Tensor, std: Tensor, recipe: Recipe,
@@ -590,6 +566,30 @@ def report(name: str, model: nn.Module, images: Images, mean: Tensor, std: Tenso
         mirror = " with mirror images" if tta else ""
         say(f"{name}{mirror}: test loss {scores['loss']:.4f}  top-1 {scores['top1']:.2f} %{top5}  "
             f"of {len(images):,} images of {recipe.img_size} px")
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], mean: Tensor, std: Tensor,
+             precision: torch.dtype, tta: bool = False) -> dict[str, float]:
+    """The mean cross-entropy, and the top-1 and top-5 accuracy in %, over batches of bytes
+    (b, 3, h, w) and labels (b,). tta: average the logits of each image and its mirror image."""
+    model.eval()
+    device = next(model.parameters()).device
+    count = 0
+    sums = torch.zeros(3, device=device)
+    for images, labels in batches:
+        labels = labels.to(device, non_blocking=True)
+        x = normalize(images.to(device, non_blocking=True) / 255, mean, std)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            logits = model(x).float()
+            if tta:
+                logits = (logits + model(x.flip(3)).float()) / 2
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        top = logits.topk(min(5, logits.shape[1])).indices  # (b, 5)
+        hits = top == rearrange(labels, "b -> b 1")
+        sums += torch.stack([loss, 100 * hits[:, 0].sum(), 100 * hits.sum()])
+        count += len(labels)
+    loss, top1, top5 = (sums / max(1, count)).tolist()
+    return {"loss": loss, "top1": top1, "top5": top5}
 
 
 # --- 5. The optimizers --------------------------------------------------------------------------
@@ -608,7 +608,7 @@ def lr_at(step: int, total: int, warmup: int, peak: float, floor: float,
 
 def make_optimizers(model: nn.Module, recipe: Recipe,
                     precision: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
-    """AdamW or SGD for all parameters; or Muon for matrices and filters, AdamW for the rest.
+    """AdamW or SGD for all parameters; or Muon for what `takes_muon` names, AdamW for the rest.
     precision: the number type of Muon's matrix products."""
     r = recipe
     groups = parameter_groups(model, r.weight_decay, r.layer_decay, r.optimizer == "muon")
@@ -811,8 +811,7 @@ class Teacher(nn.Module):
     def __init__(self, source: Source, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.model = load_network(source).requires_grad_(False)
-        its_mean = torch.tensor(source.expects["mean"])
-        its_std = torch.tensor(source.expects["std"])
+        its_mean, its_std = source.statistics
         self.register_buffer("scale", rearrange(std / its_std, "c -> c 1 1"))
         self.register_buffer("shift", rearrange((mean - its_mean) / its_std, "c -> c 1 1"))
         self.identity = checksum(source.tensors, {})  # a resumed run needs the same teacher
@@ -1039,7 +1038,7 @@ def prepare_data(recipe: Recipe, source: Source | None = None,
         train = replace(train, square=T.RandomResizedCrop(
             recipe.img_size, (recipe.crop_scale, 1), interpolation=T.InterpolationMode.BICUBIC))
     if source:
-        mean, std = (torch.tensor(source.expects[name]) for name in ("mean", "std"))
+        mean, std = source.statistics
     else:
         mean, std = channel_statistics(every, recipe.workers)
     # A large test image may turn out to be damaged late, and be left out when the run is resumed.
@@ -1482,6 +1481,11 @@ class Source:
     settings: dict[str, Any]  # of the run that made the file; {} for other programs' files
     state: Mapping[str, Any]  # a whole last.pt, for --resume; {} for other files
 
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (3,) of its images' pixels, from 0 to 1."""
+        return torch.tensor(self.expects["mean"]), torch.tensor(self.expects["std"])
+
 def open_source(name: str) -> Source:
     """Read weights of any layout. Raises UserError unless they are a ConvNeXt's or, from this
     program, a network's of the road. What a file says of its run counts only if it is ours."""
@@ -1805,7 +1809,7 @@ def predictions(source: Source, recipe: Recipe, paths: list[str],
         images = without_bad(images)
     device = pick_device(recipe.device)
     model = load_network(source).to(device, memory_format=torch.channels_last)
-    mean, std = (torch.tensor(source.expects[name]) for name in ("mean", "std"))
+    mean, std = source.statistics
     done = 0
     workers = recipe.workers if len(paths) > 100 else 0
     for batch, _ in evaluation_batches(images, workers):
@@ -2144,13 +2148,6 @@ def tune_backends() -> None:
     torch.set_float32_matmul_precision("high")  # TensorFloat-32, on GPUs that have it
     torch.backends.cudnn.benchmark = True  # few batch sizes: find the fastest kernels of each
 
-def unfailing(method: Callable) -> Callable:
-    """Ignore what goes wrong: a full disk under the log or a closed terminal must not end a run."""
-    def call(*args: Any) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            method(*args)
-    return call
-
 def guard_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
@@ -2158,6 +2155,13 @@ def guard_streams() -> None:
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
         stream.write, stream.flush = unfailing(stream.write), unfailing(stream.flush)
         setattr(sys, name, stream)
+
+def unfailing(method: Callable) -> Callable:
+    """Ignore what goes wrong: a full disk under the log or a closed terminal must not end a run."""
+    def call(*args: Any) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            method(*args)
+    return call
 
 if __name__ == "__main__":
     guard_streams()
