@@ -258,10 +258,10 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
         check_early(recipe)
         data = prepare_data(recipe, source, splits)
         recipe = fit_to_data(recipe, len(data.train), typed)
-        run = prepare_run(recipe, data, source)
-        del source  # a resumed run would hold the weights twice
-        describe(run)
-        with explained_errors(run):
+        with explained_errors(recipe):
+            run = prepare_run(recipe, data, source)
+            del source  # a resumed run would hold the weights twice
+            describe(run)
             train(run)
         if run.stopped_by and (run.step < run.total or run.to_measure):
             last = run.folder / "last.pt"
@@ -361,8 +361,7 @@ def describe(run: Run) -> None:
         f"{len(data.test):,} test images, {len(data.classes)} classes ({shorten(data.classes)})\n"
         f"device  {run.device}, {str(run.precision)[6:]}, torch {torch.__version__}\n"
         f"steps   {r.epochs} epochs x {run.epoch_steps} of {min(r.batch_size, len(data.train))} "
-        f"images, {names}, "
-        f"{rates}, weight decay {r.weight_decay:g}, seed {r.seed}\n"
+        f"images, {names}, {rates}, weight decay {r.weight_decay:g}, seed {r.seed}\n"
         f"run     {run.folder}")
     if r.recipe != "scratch":
         chosen = [f"{flag(name)} {value}" for name, value in asdict(r).items()
@@ -418,7 +417,7 @@ def train(run: Run) -> None:
             if run.stopped_by:
                 break
             ended = time.perf_counter()
-        if run.step % run.epoch_steps:  # else it is saved
+        if run.step % run.epoch_steps:  # at the end of an epoch it is saved already
             save(run)
 
 def end_epoch(run: Run) -> None:
@@ -524,17 +523,18 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
 # --- 4. Evaluation ------------------------------------------------------------------------------
 def report_run(run: Run) -> None:
     """Print the scores of last.pt and, if images were held out, of best.pt."""
-    for path in (run.folder / "last.pt", run.folder / "best.pt"):
-        if path.name == "best.pt":
-            if not run.data.val:
-                return
-            if not path.exists():
-                note(f"{path} is not there: it was not copied along with last.pt")
-                return
-            with one_line_errors(str(path)):
-                load_state(run, convnext.read_file(path)[0])
-        report(str(path), run.best_model, run.data.test, run.data.mean, run.data.std, run.recipe,
-               run.precision)
+    data = run.data
+    rest = (data.test, data.mean, data.std, run.recipe, run.precision)
+    report(str(run.folder / "last.pt"), run.best_model, *rest)
+    if not data.val:
+        return
+    best = run.folder / "best.pt"
+    if not best.exists():
+        note(f"{best} is not there: it was not copied along with last.pt")
+        return
+    with one_line_errors(str(best)):
+        load_state(run, convnext.read_file(best)[0])
+    report(str(best), run.best_model, *rest)
 
 def report_source(source: Source, recipe: Recipe, splits: tuple | None = None) -> None:
     """Print the scores of --eval-only's weights on the test images."""
@@ -746,7 +746,7 @@ def network_name(recipe: Recipe) -> str:
         return recipe.road
     variant = recipe.variant
     if recipe.depths:
-        variant = convnext.variant_of(tuple(recipe.depths), tuple(recipe.dims), recipe.grn)
+        variant = convnext.variant_of(recipe.depths, recipe.dims, recipe.grn)
     if variant:
         return f"ConvNeXt-{variant}"
     depths = "-".join(map(str, recipe.depths))
@@ -758,10 +758,10 @@ def fan_in_init(model: convnext.ConvNeXt) -> None:
 
     With inputs of variance 1, the outputs of a linear layer have the standard deviation of its
     weights times sqrt(fan_in). The paper's 0.02 makes that 0.55 at 768 channels, but 0.13 at 40:
-    two layers of a branch shrink its input to 0.016, and it has to grow before it can learn. Here
-    each layer keeps the scale, at any width. The last layer's weights are divided by
-    sqrt(2 · blocks), so that the sum of all branches stays near 1. Cutting the normal distribution
-    at two standard deviations leaves 0.88 of these values.
+    there the two linear layers of a branch, with the GELU between them, shrink its input to 0.016,
+    and it has to grow before it can learn. Here each layer keeps the scale, at any width. The last
+    layer's weights are divided by sqrt(2 · blocks), so that the sum of all branches stays near 1.
+    Cutting the normal distribution at two standard deviations leaves 0.88 of these values.
     """
     blocks = sum(len(stage) for stage in model.stages)
     for name, module in model.named_modules():
@@ -806,6 +806,15 @@ def freeze_all_but_classifier(model: nn.Module) -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.0
 
+def load_teacher(recipe: Recipe, data: Data, device: torch.device) -> Teacher:
+    source = open_source(recipe.teacher)
+    check_classes(source, data.classes)
+    stride = Recipe(**source.network).stride
+    if (recipe.start_size or recipe.img_size) < stride:
+        raise UserError(f"{source.name} takes images of {stride} or more pixels")
+    teacher = Teacher(source, data.mean, data.std)
+    return teacher.to(device, memory_format=torch.channels_last)
+
 class Teacher(nn.Module):
     """A trained network that sees the student's images with its own normalization."""
     def __init__(self, source: Source, mean: Tensor, std: Tensor) -> None:
@@ -820,15 +829,6 @@ class Teacher(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (b, 3, h, w), normalized for the student -> logits (b, classes)."""
         return self.model(x * self.scale + self.shift)
-
-def load_teacher(recipe: Recipe, data: Data, device: torch.device) -> Teacher:
-    source = open_source(recipe.teacher)
-    check_classes(source, data.classes)
-    stride = Recipe(**source.network).stride
-    if (recipe.start_size or recipe.img_size) < stride:
-        raise UserError(f"{source.name} takes images of {stride} or more pixels")
-    teacher = Teacher(source, data.mean, data.std)
-    return teacher.to(device, memory_format=torch.channels_last)
 
 def pick_device(name: str) -> torch.device:
     try:
@@ -872,7 +872,8 @@ def augment(recipe: Recipe, x: Tensor, labels: Tensor, classes: int, mean: Tenso
     x = normalize(x, mean, std)
     if recipe.random_erase:
         x = random_erase(x, recipe.random_erase)
-    if epoch < recipe.mixed_epochs and torch.rand(()) < recipe.mix_prob:
+    mixes = (recipe.mixup or recipe.cutmix) and epoch < recipe.mixed_epochs
+    if mixes and torch.rand(()) < recipe.mix_prob:
         return mix(x, labels, classes, recipe.mixup, recipe.cutmix)
     return x, F.one_hot(labels, classes).float()
 
@@ -993,15 +994,13 @@ def random_erase(x: Tensor, chance: float) -> Tensor:
 
 def mix(x: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float,
         ) -> tuple[Tensor, Tensor]:
-    """MixUp or CutMix, with equal chances if both have an alpha above 0. Images (b, c, h, w) and
-    labels (b,) -> mixed images, and targets (b, classes) that say which share is of which class."""
+    """MixUp or CutMix, with equal chances if both have an alpha above 0. One must have. Images
+    (b, c, h, w) and labels (b,) -> mixed images, and targets (b, classes) with the shares."""
     kinds = []
     if mixup:
         kinds.append(T.MixUp(alpha=mixup, num_classes=classes))
     if cutmix:
         kinds.append(T.CutMix(alpha=cutmix, num_classes=classes))
-    if not kinds:
-        return x, F.one_hot(labels, classes).float()
     kind = kinds[int(torch.randint(len(kinds), ()))]
     return kind(x, labels)
 
@@ -1134,8 +1133,7 @@ def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Image
         place = root
         found = {}
         for name, paths in find_images(root).items():
-            is_test = [i % 5 == 4 for i in range(len(paths))]
-            found[name] = [path for path, test in zip(paths, is_test, strict=True) if test != train]
+            found[name] = [path for i, path in enumerate(paths) if train != (i % 5 == 4)]
         note(f"{root} has no folder train or test: every fifth image of each class is a test image")
         if not any(found.values()):
             raise UserError(f"{root} needs five images of a class or more, to use every fifth for "
@@ -1345,7 +1343,7 @@ def to_8_bits(values: np.ndarray) -> Image.Image:
     return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
 
 def hold_out(images: Images, val_size: float) -> tuple[Images, Images | None]:
-    """Split off val_size images, or below 1 that share, equally from all classes."""
+    """Split off val_size images, or below 1 that share: the same share of each class."""
     count = round(val_size * len(images)) if val_size < 1 else int(val_size)
     if val_size and not count:
         raise UserError(f"--val-size {val_size:g} of {len(images)} images is none")
@@ -1355,13 +1353,14 @@ def hold_out(images: Images, val_size: float) -> tuple[Images, Images | None]:
         raise UserError(f"--val-size must be below the {len(images):,} training images")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     # Each image gets its rank among those of its class, from 0 to 1. The first `count` are held
-    # out, which are equally many, as far as possible, from each class.
+    # out, which is the same share of each class, as far as possible.
     rank = torch.zeros(len(images), dtype=torch.double)
     for label in range(len(images.classes)):
         members = order[images.labels[order] == label]
         rank[members] = (torch.arange(len(members)) + 0.5).double() / len(members)
     order = order[rank[order].argsort(stable=True)]
-    val, train = images.subset(order[:count].tolist()), images.subset(order[count:].tolist())
+    val = images.subset(order[:count].tolist())
+    train = images.subset(order[count:].tolist())
     lost = {*images.labels.tolist()} - {*train.labels.tolist()}
     if lost:
         names = shorten([images.classes[i] for i in sorted(lost)])
@@ -1389,7 +1388,9 @@ def fingerprint(images: Images, recipe: Recipe) -> str:
         digest.update(f"shapes of {recipe.img_size} pixels".encode())
         return digest.hexdigest()
     for image in images.images:
-        if isinstance(image, str):
+        if isinstance(image, str) and recipe.dataset == "python":
+            digest.update(os.fsencode(image))
+        elif isinstance(image, str):
             digest.update(os.fsencode(os.path.relpath(image, recipe.data_dir)))
         else:
             digest.update(np.ascontiguousarray(image))
@@ -1405,8 +1406,9 @@ def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
 def evaluation_batches(images: Images, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all images in order: bytes (b, 3, h, w) and labels (b,)."""
     in_memory = images.square is None
-    numbers = torch.arange(len(images)).split(250 if in_memory else 64)
-    order = (part.tolist() for part in numbers)
+    size = 250 if in_memory else 64
+    numbers = range(len(images))
+    order = (list(numbers[start : start + size]) for start in range(0, len(images), size))
     return read_in_processes(images, order, 0 if in_memory else workers)
 
 def read_in_processes(reader: Dataset, order: Iterable, workers: int,
@@ -1455,8 +1457,8 @@ class TrainingBatches(Dataset):
 
 def prepare_process(_worker: int) -> None:
     """Leave signals, which may reach all processes, to the main one."""
-    for name in SIGNALS:
-        signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)  # Windows lacks two
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 def seed_for(seed: int, purpose: str, number: int) -> int:
     """A seed of its own for each purpose and step or epoch: a resumed run draws the same."""
@@ -1512,16 +1514,16 @@ def open_source(name: str) -> Source:
     if "mean" not in expects:
         note(f"{name} does not say what images it expects: assuming 224x224 pixels and "
              "ImageNet's mean and standard deviation")
-    state = content if saved and "step" in saved else {}
+    state = content if "step" in saved else {}
     return Source(name, network, num_classes, tensors, weights, IMAGENET | expects,
                   known.get("classes"), args, state)
 
 def file_in(address: str) -> str:
     """The weights in the folder of a run; any other address as it is."""
     for name in ("weights.safetensors", "last.pt"):
-        path = Path(address, name)
-        if path.exists():
-            return str(path)
+        path = os.path.join(address, name)
+        if os.path.exists(path):
+            return path
     return address
 
 def saved_by_us(content: Mapping, metadata: Mapping[str, str]) -> Mapping[str, Any]:
@@ -1563,8 +1565,8 @@ def check_classes(source: Source, classes: list[str]) -> None:
                         f"{shorten(classes)} ({len(classes)})")
     if source.classes:
         return
-    note(f"{source.name} does not name its classes: assuming {classes[0]} (0), {classes[1]} (1), "
-         f"..., {classes[-1]} ({count - 1})")
+    order = [f"{name} ({number})" for number, name in enumerate(classes)]
+    note(f"{source.name} does not name its classes: assuming {shorten(order)}")
     natural = sorted(classes, key=natural_order)
     if classes == sorted(classes) and classes != natural:
         note(f"timm sorts these classes in another way, {shorten(natural)}. WARNING: with weights "
@@ -1621,8 +1623,10 @@ def load_state(run: Run, state: Mapping[str, Any]) -> None:
     for name, part in parts_of(run).items():
         if state[name]:  # a scaler that was not needed has none
             part.load_state_dict(state[name])
-    run.step, run.history = state["step"], state["history"]
-    run.sums, run.to_measure = state["sums"], state["to_measure"]
+    run.step = state["step"]
+    run.history = state["history"]
+    run.sums = state["sums"]
+    run.to_measure = state["to_measure"]
     if run.sums:
         run.sums["loss"] = run.sums["loss"].to(run.device)
 
@@ -1653,6 +1657,15 @@ def checksum(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
         digest.update(name.encode() + bytes(values.view(torch.uint8).numpy()))
     return digest.hexdigest()
 
+def write_table(path: Path, rows: list[dict]) -> None:
+    table = io.StringIO()
+    columns = list(max(rows, key=len))  # an epoch that was not measured has fewer
+    writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    text = table.getvalue()  # file names may hold bytes that are no characters
+    write_file(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
+
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Replace a file as a whole: a crash or a full disk leaves the old one as it was."""
     temporary = path.with_name(f"{path.name}.tmp")
@@ -1665,15 +1678,6 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         raise UserError(f"cannot write {path} ({first_line(error)}); the old files stay") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-def write_table(path: Path, rows: list[dict]) -> None:
-    table = io.StringIO()
-    columns = list(max(rows, key=len))  # an epoch that was not measured has fewer
-    writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    text = table.getvalue()  # file names may hold bytes that are no characters
-    write_file(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
 
 @torch.no_grad()
 def check_finite(run: Run) -> float:
@@ -1690,22 +1694,23 @@ def check_finite(run: Run) -> float:
 
 def new_folder(recipe: Recipe) -> str:
     """--output, or a folder that no other run has, even if it starts in the same second."""
+    parent = Path(recipe.output or "runs")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {parent} ({error.strerror})") from error
     if recipe.output:
-        try:
-            Path(recipe.output).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output {recipe.output} cannot be made a folder "
-                            f"({error.strerror})") from error
         return recipe.output
-    name = time.strftime("runs/%Y%m%d-%H%M%S-") + network_name(recipe).replace(" ", "-")
-    folder, number = Path(name), 1
+    name = time.strftime("%Y%m%d-%H%M%S-") + network_name(recipe).replace(" ", "-")
+    folder = parent / name
+    number = 1
     while True:
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return str(folder)
         except FileExistsError:
             number += 1
-            folder = Path(f"{name}-{number}")
+            folder = parent / f"{name}-{number}"
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
@@ -1727,7 +1732,8 @@ def lock(folder: Path) -> Iterator[None]:
                 file.unlink(missing_ok=True)
                 folder.rmdir()
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows lacks the last two
+SIGNALS = [number for number in signal.Signals  # Windows lacks the last two
+           if number.name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")]
 
 @contextlib.contextmanager
 def catch_signals(run: Run) -> Iterator[None]:
@@ -1740,10 +1746,9 @@ def catch_signals(run: Run) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as handlers:  # puts the former handlers back
-        for name in SIGNALS:
-            number = getattr(signal, name, None)
-            ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN  # by nohup
-            if number and not ignored:
+        for number in SIGNALS:
+            by_nohup = number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+            if not by_nohup:
                 former = signal.signal(number, receive)
                 handlers.callback(signal.signal, number, former)
         yield
@@ -1773,7 +1778,7 @@ def predict(weights: str, pictures: str | Sequence[str], top: int = 5,
     source = open_source(str(weights))
     recipe = combine({"eval_only": str(weights), "device": device}, source)
     if isinstance(pictures, str | os.PathLike):
-        pictures = find_pictures(str(pictures))
+        pictures = find_pictures(os.path.expanduser(pictures))
     return list(predictions(source, recipe, [str(path) for path in pictures], top))
 
 def print_predictions(source: Source, recipe: Recipe) -> None:
@@ -1822,19 +1827,18 @@ def predictions(source: Source, recipe: Recipe, paths: list[str],
 
 def find_pictures(place: str) -> list[str]:
     """A picture, or all pictures in a folder and its sub-folders."""
-    path = os.path.expanduser(place)
-    if os.path.isfile(path):
-        return [path]
-    if not os.path.isdir(path):
+    if os.path.isfile(place):
+        return [place]
+    if not os.path.isdir(place):
         raise UserError(f"--predict {place}: there is no such file or folder")
-    paths = pictures_below(path, Counter())
+    paths = pictures_below(place, Counter())
     if not paths:
         raise UserError(f"--predict {place}: there is no picture in this folder")
     return paths
 
 def true_class(path: str, root: str, names: list[str]) -> str:
     """The class of a picture, if it is in a folder below root with the name of a class."""
-    folders = Path(os.path.relpath(path, os.path.expanduser(root))).parts[:-1]
+    folders = Path(os.path.relpath(path, root)).parts[:-1]
     name = unicodedata.normalize("NFC", folders[0]) if folders else ""
     return name if name in names else ""
 
@@ -1934,21 +1938,21 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
     if "eval_only" in typed:
         kept = ("dataset", "data_dir", "skip_bad", "amp")
         named = {key: value for key, value in source.settings.items() if key in kept}
-    else:
-        base = FAST if typed.get("recipe") == "fast" else {}
-        described = (*NETWORK, "patch_size", "img_size", "batch_size")
-        network = Recipe(**{key: value for key, value in merge(base, weights, typed).items()
-                            if key in described})
-        if typed.get("recipe") == "fast":
-            named = dict(fast(network))
-        elif typed.get("recipe") == "finetune":
-            named = finetune(network)
-            named["min_lr"] = typed.get("lr", named["lr"]) / 50
+    elif typed.get("recipe") == "fast":
+        named = dict(fast(network_settings(merge(FAST, typed))))
+    elif typed.get("recipe") == "finetune":
+        named = finetune(network_settings(merge(weights, typed)))
+        named["min_lr"] = typed.get("lr", named["lr"]) / 50
     if typed.get("freeze_backbone"):
         named["drop_path"] = 0.0  # there is nothing to regularize
     recipe = Recipe(**merge(weights, named, typed))
     refuse_idle(typed, recipe)
     return recipe
+
+def network_settings(settings: Mapping[str, Any]) -> Recipe:
+    """The settings on which the values of a named recipe depend, and defaults for the others."""
+    names = (*NETWORK, "patch_size", "img_size", "crop_padding", "batch_size")
+    return Recipe(**{name: value for name, value in settings.items() if name in names})
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Later settings win. One that names a network replaces all of the former description."""
@@ -2092,8 +2096,6 @@ def one_line_errors(source: str) -> Iterator[None]:
     """Turn what reading or fitting weights raises into one line that names their source."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         downloaded = source.startswith(convnext.DOWNLOADS)  # by clients with errors of their own
         mendable = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
@@ -2104,7 +2106,7 @@ def one_line_errors(source: str) -> Iterator[None]:
         raise UserError(text if source in text else f"{source}: {text}") from error
 
 @contextlib.contextmanager
-def explained_errors(run: Run) -> Iterator[None]:
+def explained_errors(recipe: Recipe) -> Iterator[None]:
     """Turn PyTorch's errors with a known remedy into one line."""
     try:
         yield
@@ -2116,7 +2118,7 @@ def explained_errors(run: Run) -> Iterator[None]:
             remedy = "BatchNorm needs more: give a larger --batch-size, or a smaller --accumulate"
         elif "allocate" in text or "out of memory" in text:
             remedy = "give a smaller --batch-size, or a larger --accumulate"
-        elif run.recipe.compile and type(error).__module__.startswith("torch._"):
+        elif recipe.compile and type(error).__module__.startswith("torch._"):
             remedy = "leave out --compile"
         else:
             raise
@@ -2132,7 +2134,9 @@ def note(text: str) -> None:
     say(f"note: {text}", sys.stderr)
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error).strip() or type(error).__name__
+    text = text.replace(":\n\t", ": ")  # load_state_dict gives its reason in the second line
+    return text.splitlines()[0]
 
 def shorten(names: Sequence, most: int = 4) -> str:
     return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
@@ -2153,7 +2157,8 @@ def guard_streams() -> None:
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
         if hasattr(stream, "reconfigure"):  # a notebook's streams do not have it
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-        stream.write, stream.flush = unfailing(stream.write), unfailing(stream.flush)
+        stream.write = unfailing(stream.write)
+        stream.flush = unfailing(stream.flush)
         setattr(sys, name, stream)
 
 def unfailing(method: Callable) -> Callable:
@@ -2174,5 +2179,6 @@ if __name__ == "__main__":
     except Exception:  # noqa: BLE001
         traceback.print_exc()
         code = 1
-    # Here an error is forgotten, and with it the processes that read images, which would not end.
+    # Not above: inside `except` the error still holds the processes that read images, and Python
+    # would wait for them.
     sys.exit(code)
