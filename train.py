@@ -100,17 +100,18 @@ class Recipe:
                             "test/ or val/, each with a folder per class, or with the classes")
     img_size: int = setting(32, "image size in pixels; with --init-from, the weights' own",
                             "[1, inf)")
-    crop_pct: float | None = setting(None, "share of a large image that evaluation sees. Default: "
-                                     "0.875; from 384 pixels on, all of it, squeezed", "(0, 1]")
+    crop_pct: float | None = setting(None, "images above 64 pixels: middle share that evaluation "
+                                     "sees. Default: 0.875; from 384 pixels on, all, squeezed",
+                                     "(0, 1]")
     val_size: float = setting(0, "training images to hold out, as a number or, below 1, a share. "
                               "best.pt is the epoch that is best on them", "[0, inf)")
     skip_bad: bool = setting(False, "leave out images that cannot be read")
     workers: int = setting(WORKERS, "processes that read and augment images", "[0, 256]",
                            short="-j")
-    crop_padding: int = setting(4, "largest shift in pixels, up to 64x64", "[0, inf)",
-                                group="augmentation")
-    crop_scale: float = setting(0.08, "smallest area of a random crop, above 64x64. 1: no random "
-                                "crop", "(0, 1]")
+    crop_padding: int = setting(4, "images of up to 64 pixels: shift by up to N pixels",
+                                "[0, inf)", group="augmentation")
+    crop_scale: float = setting(0.08, "images above 64 pixels: smallest share in a random "
+                                "crop; 1: no random crop", "(0, 1]")
     flip: float = setting(0.5, "probability of a mirror image", "[0, 1]")
     rand_augment: float = setting(9, "strength of RandAugment; 0: none", "[0, 10]")
     random_erase: float = setting(0.25, "probability of an erased rectangle", "[0, 1]")
@@ -128,8 +129,8 @@ class Recipe:
     dims: tuple[int, ...] | None = setting(
         None, "with --depths: channels in each stage", "[1, inf)")
     grn: bool = setting(False, "with --depths: the block of ConvNeXt V2")
-    road: str | None = setting(None, "network between ResNet-50 and ConvNeXt, by the step after "
-                               "which it stands (python convnext.py --road), or with attention",
+    road: str | None = setting(None, "network on the way from ResNet-50 to ConvNeXt, by its step, "
+                               "which python convnext.py --road lists; or one with attention",
                                tuple(convnext.DESIGNS))
     width: int = setting(0, "with --road: channels in stage 1; 0: as in the paper", "[0, inf)")
     # The paper has patches of 4x4 pixels, LayerScale 1e-6 and initial weights of standard
@@ -148,7 +149,7 @@ class Recipe:
     distill_temperature: float = setting(2, "divisor of both networks' logits", "(0, inf)")
     epochs: int = setting(100, "passes over the images", "[1, 1000000]", group="optimization")
     batch_size: int = setting(128, "images per step", "[1, 1000000]", short="-b")
-    accumulate: int = setting(1, "compute each step in N parts, to need less memory", "[1, inf)")
+    accumulate: int = setting(1, "compute each batch in N parts, to need less memory", "[1, inf)")
     optimizer: str = setting("adamw", "muon: Muon for the blocks' matrices and dense filters, "
                              "AdamW for the rest; sgd: with momentum 0.9", ("adamw", "muon", "sgd"))
     lr: float = setting(1e-3, "peak learning rate", "(0, inf)")
@@ -219,8 +220,9 @@ def finetune(network: Recipe) -> dict[str, Any]:
     drop_path = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.4}  # huge: ours
     return {
         "epochs": 30, "lr": 5e-5 * scale, "min_lr": 5e-5 * scale / 50, "warmup_epochs": 0.0,
-        "weight_decay": 1e-8, "layer_decay": 0.8, "rand_augment": 9.0, "mixup": 0.0, "cutmix": 0.0,
-        "random_erase": 0.25, "label_smoothing": 0.1, "clip_grad": 0.0, "head_init_scale": 0.001,
+        "weight_decay": 1e-8, "layer_decay": 1.0 if network.road else 0.8, "rand_augment": 9.0,
+        "mixup": 0.0, "cutmix": 0.0, "random_erase": 0.25, "label_smoothing": 0.1, "clip_grad": 0.0,
+        "head_init_scale": 0.001,
         "drop_path": drop_path.get(size, 0.0),
         # The paper averages with decay 0.9999, over some 1 / (1 - 0.9999) = 10,000 steps, for
         # XLarge only. It takes 75,000 steps, so this is a share of 0.13.
@@ -236,7 +238,7 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
     with contextlib.ExitStack() as locks:
         if "resume" in typed:  # nobody else may write to the run while it is read
             if Path(typed["resume"]).is_dir():
-                raise UserError(f"--resume takes a file: give {typed['resume']}/last.pt")
+                typed["resume"] = str(Path(typed["resume"], "last.pt"))
             locks.enter_context(lock(Path(typed["resume"]).parent))
         address = typed.get("resume") or typed.get("eval_only") or typed.get("init_from")
         source = open_source(address) if address else None
@@ -295,8 +297,8 @@ class Run:
     tensorboard: Any = None
 
     @property
-    def best_model(self) -> nn.Module:
-        """The network that counts: that of the averaged weights, if there is an average."""
+    def eval_model(self) -> nn.Module:
+        """The network that is measured: that of the averaged weights, if there is an average."""
         return self.ema.module if self.ema else self.model
 
 def check_early(recipe: Recipe) -> None:
@@ -323,7 +325,8 @@ def prepare_run(recipe: Recipe, data: Data, source: Source | None) -> Run:
     elif recipe.init_from:
         init_note = load_initial(model, source, classes, recipe)
     if recipe.freeze_backbone:
-        freeze_all_but_classifier(model)
+        model.requires_grad_(False)
+        model.head.fc.requires_grad_(True)
     macs = convnext.count_macs(model, recipe.img_size)
     if device.type == "cpu" and not recipe.compile:
         model = convnext.speed_up(model)
@@ -364,7 +367,7 @@ def describe(run: Run) -> None:
         f"images, {names}, {rates}, weight decay {r.weight_decay:g}, seed {r.seed}\n"
         f"run     {run.folder}")
     if r.recipe != "scratch":
-        chosen = [f"{flag(name)} {value}" for name, value in asdict(r).items()
+        chosen = [as_typed(name, value) for name, value in asdict(r).items()
                   if name != "recipe" and value != FIELDS[name].default and value is not None]
         say(f"recipe  {r.recipe}: {' '.join(chosen)}")
 
@@ -447,9 +450,13 @@ def finish_epoch(run: Run) -> None:
         save(run)
     left = (run.recipe.epochs - row["epoch"]) * row["seconds"]
     shown = [name for name in row if name not in ("step", "seconds") and "top5" not in name]
-    text = "  ".join(f"{name} {row[name]:.4g}" for name in shown)
+    text = "  ".join(f"{name} {in_digits(row[name])}" for name in shown)
     say(f"{text}  {left:.0f} s left")
     log_to_tensorboard(run, row)
+
+def in_digits(number: float) -> str:
+    """With four significant digits, but 12345, not 1.234e+04."""
+    return f"{number:.0f}" if number >= 1000 else f"{number:.4g}"
 
 def measure(run: Run) -> dict[str, float]:
     """The scores of the weights, and of their average, as columns of metrics.csv. They are measured
@@ -525,7 +532,7 @@ def report_run(run: Run) -> None:
     """Print the scores of last.pt and, if images were held out, of best.pt."""
     data = run.data
     rest = (data.test, data.mean, data.std, run.recipe, run.precision)
-    report(str(run.folder / "last.pt"), run.best_model, *rest)
+    report(str(run.folder / "last.pt"), run.eval_model, *rest)
     if not data.val:
         return
     best = run.folder / "best.pt"
@@ -534,22 +541,19 @@ def report_run(run: Run) -> None:
         return
     with one_line_errors(str(best)):
         load_state(run, convnext.read_file(best)[0])
-    report(str(best), run.best_model, *rest)
+    report(str(best), run.eval_model, *rest)
 
 def report_source(source: Source, recipe: Recipe, splits: tuple | None = None) -> None:
     """Print the scores of --eval-only's weights on the test images."""
-    if splits:
-        test = splits[1]
-    else:
-        test = load_split(recipe, train=False)
-        differ = source.classes not in (None, test.classes)
-        if differ and {*source.classes} >= {*test.classes}:  # in the order of the weights
-            test = load_split(recipe, train=False, classes=source.classes)
-        elif differ and not source.settings:  # "tench" or "n01440764"
-            note(f"{source.name} names its classes in another way: {shorten(source.classes)}")
-            source = replace(source, classes=None)
-    test = prepare_images(test, recipe)
+    test = splits[1] if splits else load_split(recipe, train=False)
+    differ = source.classes not in (None, test.classes)
+    if differ and not splits and {*source.classes} >= {*test.classes}:
+        test = in_order(test, source.classes)
+    elif differ and not source.settings and source.num_classes == len(test.classes):
+        note(f"{source.name} names its classes in another way: {shorten(source.classes)}")
+        source = replace(source, classes=None)  # "tench", where the data set has "n01440764"
     check_classes(source, test.classes)
+    test = prepare_images(test, recipe)
     device = pick_device(recipe.device)
     model = load_network(source).to(device, memory_format=torch.channels_last)
     mean, std = source.statistics
@@ -792,24 +796,16 @@ def load_initial(model: nn.Module, source: Source, classes: list[str], recipe: R
         else:
             raise ValueError("it holds another kind of network")
     if recipe.freeze_backbone:
-        untrained = [name for name in kept if "head." not in name and ".fc." not in name]
+        untrained = [name for name in kept if not name.startswith("head.")]
         if untrained:
             raise UserError(f"--freeze-backbone would leave untrained: {shorten(untrained)}")
     new = f"; new: {', '.join(kept)}" if kept else ""
-    return f"{len(model.state_dict()) - len(kept)} parameters of {source.name}{new}"
-
-def freeze_all_but_classifier(model: nn.Module) -> None:
-    """Also keep BatchNorm's running statistics, which are no parameters."""
-    for name, p in model.named_parameters():
-        p.requires_grad_(".fc." in name)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.0
+    return f"{len(model.state_dict()) - len(kept)} tensors of {source.name}{new}"
 
 def load_teacher(recipe: Recipe, data: Data, device: torch.device) -> Teacher:
     source = open_source(recipe.teacher)
     check_classes(source, data.classes)
-    stride = Recipe(**source.network).stride
+    stride = Recipe(**source.network, img_size=10**6).stride  # any size that is large enough
     if (recipe.start_size or recipe.img_size) < stride:
         raise UserError(f"{source.name} takes images of {stride} or more pixels")
     teacher = Teacher(source, data.mean, data.std)
@@ -1001,8 +997,7 @@ def mix(x: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float,
         kinds.append(T.MixUp(alpha=mixup, num_classes=classes))
     if cutmix:
         kinds.append(T.CutMix(alpha=cutmix, num_classes=classes))
-    kind = kinds[int(torch.randint(len(kinds), ()))]
-    return kind(x, labels)
+    return T.RandomChoice(kinds)(x, labels)
 
 
 # --- 8. Data ------------------------------------------------------------------------------------
@@ -1021,10 +1016,11 @@ class Data(NamedTuple):
 def prepare_data(recipe: Recipe, source: Source | None = None,
                  splits: tuple[Images, Images] | None = None) -> Data:
     """Load all images. Their mean and standard deviation are the source's, if there is one."""
-    train = splits[0] if splits else load_split(recipe, train=True)
-    test = splits[1] if splits else load_split(recipe, train=False, classes=train.classes)
+    train, test = splits or (load_split(recipe, train=True), load_split(recipe, train=False))
+    if test.classes != train.classes and splits:
+        raise UserError("the training and the test images have different classes")
     if test.classes != train.classes:
-        raise UserError("the training and the test images have other classes, or another order")
+        test = in_order(test, train.classes)
     every = prepare_images(train, recipe)
     unread_test = test
     test = prepare_images(test, recipe)
@@ -1102,28 +1098,41 @@ class Images(Dataset):
             images = [self.images[i] for i in numbers]
         return replace(self, images=images, labels=self.labels[list(numbers)])
 
-def load_split(recipe: Recipe, train: bool, classes: list[str] | None = None) -> Images:
-    """The training or the test images, not read yet. classes: the classes in order, if known."""
+def in_order(images: Images, classes: list[str]) -> Images:
+    """The same images, but their labels count in the order of `classes`."""
+    unknown = [name for name in images.classes if name not in classes]
+    if unknown:
+        raise UserError(f"there are test images of {shorten(unknown)}, which are not among the "
+                        f"known classes: {shorten(classes)}")
+    missing = [name for name in classes if name not in images.classes]
+    if missing:
+        note(f"there are no test images of {shorten(missing)}")
+    numbers = torch.tensor([classes.index(name) for name in images.classes])
+    return replace(images, labels=numbers[images.labels], classes=classes)
+
+def load_split(recipe: Recipe, train: bool) -> Images:
+    """The training or the test images, not read yet."""
     if recipe.dataset == "synthetic":
         return draw_shapes(5000 if train else 1000, recipe.img_size, seed=int(train))
     if recipe.dataset == "python":
         raise UserError("these images were handed in from Python: call train.main(..., splits=...)")
     if recipe.dataset == "folder":
-        return load_folder(recipe, train, classes)
+        return load_folder(recipe, train)
     return load_torchvision(recipe, train)
 
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 
-def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Images:
+def load_folder(recipe: Recipe, train: bool) -> Images:
     """The images in DIR/train, or in DIR/test or DIR/val. If DIR has neither, its sub-folders are
     the classes, and every fifth image of each is a test image."""
     root = Path(recipe.data_dir)
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: there is no such folder")
-    present = [root / name for name in TRAIN_FOLDERS + TEST_FOLDERS if (root / name).is_dir()]
+    folders = {place.name.lower(): place for place in sorted(root.iterdir()) if place.is_dir()}
+    present = [name for name in TRAIN_FOLDERS + TEST_FOLDERS if name in folders]
     names = TRAIN_FOLDERS if train else TEST_FOLDERS
-    places = [place for place in present if place.name in names]
+    places = [folders[name] for name in present if name in names]
     if places:
         place = places[0]
         found = find_images(place)
@@ -1146,20 +1155,13 @@ def load_folder(recipe: Recipe, train: bool, classes: list[str] | None) -> Image
     if not found:
         raise UserError(f"{place} needs a folder per class with images in it"
                         + (". --predict takes pictures without classes" if not train else ""))
-    classes = classes or list(found)
-    unknown = [name for name in found if name not in classes]
-    if unknown:
-        raise UserError(f"{place} has images of {shorten(unknown)}, which are no classes of the "
-                        f"training images: {shorten(classes)}")
-    if train and len(classes) < 2:
-        raise UserError(f"{place} has images of one class, {classes[0]}; two are needed")
-    if missing := [name for name in classes if name not in found]:
-        note(f"{place} has no images of {shorten(missing)}")
+    if train and len(found) < 2:
+        raise UserError(f"{place} has images of one class, {next(iter(found))}; two are needed")
     paths, labels = [], []
-    for label, name in enumerate(classes):
-        paths += found.get(name, [])
-        labels += [label] * len(found.get(name, []))
-    return Images(paths, torch.tensor(labels), classes)
+    for label, name in enumerate(found):
+        paths += found[name]
+        labels += [label] * len(found[name])
+    return Images(paths, torch.tensor(labels), list(found))
 
 # Folders that systems and other programs leave behind; hidden ones are left out, too.
 FOREIGN = {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "@Recycle", "lost+found", "$RECYCLE.BIN",
@@ -1236,8 +1238,9 @@ def load_torchvision(recipe: Recipe, train: bool) -> Images:
         data = getattr(torchvision.datasets, name.upper())(root, train, download=True)
         return Images(list(data.data), torch.tensor(data.targets), data.classes)
     except (OSError, RuntimeError, ImportError) as error:
-        raise UserError(f"{name} could not be loaded ({first_line(error)}). README.md says which "
-                        f"file {root}/ lacks; or use --dataset folder or synthetic") from error
+        raise UserError(f"{name} could not be loaded ({first_line(error)}). assets/howto.md "
+                        f"says which file {root}/ lacks; or use --dataset folder or synthetic"
+                        ) from error
 
 SHAPES = {"star": 0.6, "diamond": 1, "disk": 2, "square": 9}  # exponents p: |u|^p + |v|^p < 1
 
@@ -1520,6 +1523,7 @@ def open_source(name: str) -> Source:
 
 def file_in(address: str) -> str:
     """The weights in the folder of a run; any other address as it is."""
+    address = os.path.expanduser(address)
     for name in ("weights.safetensors", "last.pt"):
         path = os.path.join(address, name)
         if os.path.exists(path):
@@ -1561,12 +1565,12 @@ def check_classes(source: Source, classes: list[str]) -> None:
         raise UserError(f"{source.name} has no classifier: train one with --init-from")
     if count != len(classes) or source.classes not in (None, classes):
         known = f"{shorten(source.classes)} ({count})" if source.classes else f"{count}, not named"
-        raise UserError(f"{source.name} has other classes or another order: {known}; here: "
-                        f"{shorten(classes)} ({len(classes)})")
+        raise UserError(f"{source.name} was trained on the classes {known}, in this order, but the "
+                        f"images here have {shorten(classes)} ({len(classes)})")
     if source.classes:
         return
     order = [f"{name} ({number})" for number, name in enumerate(classes)]
-    note(f"{source.name} does not name its classes: assuming {shorten(order)}")
+    note(f"assuming that the outputs of {source.name} are {shorten(order)}")
     natural = sorted(classes, key=natural_order)
     if classes == sorted(classes) and classes != natural:
         note(f"timm sorts these classes in another way, {shorten(natural)}. WARNING: with weights "
@@ -1639,7 +1643,7 @@ def save_best(run: Run) -> None:
 
 def save_weights(run: Run) -> None:
     """Write weights.safetensors: the averaged weights, if there is an average."""
-    tensors = run.best_model.state_dict()
+    tensors = run.eval_model.state_dict()
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     state = {"args": asdict(run.recipe), "classes": run.data.classes,
              "mean": run.data.mean.tolist(), "std": run.data.std.tolist()}
@@ -1776,7 +1780,8 @@ def predict(weights: str, pictures: str | Sequence[str], top: int = 5,
     many classes to name.
     """
     source = open_source(str(weights))
-    recipe = combine({"eval_only": str(weights), "device": device}, source)
+    # No other processes: on some systems they would run the user's script once more.
+    recipe = combine({"eval_only": str(weights), "device": device, "workers": 0}, source)
     if isinstance(pictures, str | os.PathLike):
         pictures = find_pictures(os.path.expanduser(pictures))
     return list(predictions(source, recipe, [str(path) for path in pictures], top))
@@ -1904,6 +1909,13 @@ def parse(argv: list[str]) -> dict[str, Any]:
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
+def as_typed(name: str, value: Any) -> str:
+    """A setting as it can be typed: --tta, --dims 96 192, --lr 0.001."""
+    if isinstance(value, bool):
+        return flag(name) if value else flag(f"no_{name}")
+    values = value if isinstance(value, tuple) else [value]
+    return f"{flag(name)} {shlex.join(map(str, values))}"
+
 def with_hyphens(word: str) -> str:
     """--drop_path=0.1 -> --drop-path=0.1, since the authors' program has underscores."""
     if not word.startswith("--"):
@@ -1991,13 +2003,15 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
         (resumes + evaluates + begins > 1,
          "only one of --resume, --eval-only and --init-from can be given"),
         (resumes and "to_measure" not in source.state, "--resume takes last.pt, of this version"),
+        (resumes and Path(typed["resume"]).name == "best.pt",
+         "--resume continues last.pt; a new run can begin with best.pt by --init-from"),
         (resumes and changed,
-         f"--resume cannot change {shorten(changed)}; a different run begins with --init-from"),
+         f"--resume keeps all settings: leave out {shorten(changed)}, or give --init-from"),
         (resumes and "teacher" in names and not saved.get("teacher"),
-         "--resume cannot change --teacher; a different run begins with --init-from"),
+         "--resume keeps all settings: leave out --teacher, or give --init-from"),
         (evaluates and unused, f"--eval-only trains nothing: leave out {shorten(unused)}"),
         (evaluates and "output" in names and "predict" not in names,
-         "--eval-only has an --output only with --predict"),
+         "--output needs --predict beside --eval-only"),
         ("predict" in names and not typed.get("output", ".csv").endswith(".csv"),
          f"--predict writes a .csv file, not --output {typed.get('output')}"),
         ("predict" in names and not evaluates, "--predict needs weights: --eval-only WEIGHTS"),
@@ -2010,6 +2024,8 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
          "--recipe fast and --init fan-in begin with new weights, without --init-from"),
         (not (begins or resumes) and (finetunes or typed.get("freeze_backbone")),
          "--recipe finetune and --freeze-backbone need weights: --init-from SOURCE"),
+        (typed.get("freeze_backbone") and typed.get("optimizer") == "muon",
+         "--optimizer muon has nothing to train with --freeze-backbone"),
         (finetunes and typed.get("optimizer") == "muon" and "muon_lr" not in names,
          "--recipe finetune has no learning rate for Muon: give --muon-lr, too"))
     for is_wrong, text in rules:
@@ -2021,7 +2037,7 @@ def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
     mixes = r.mix_prob > 0
     uses = {  # a flag: whether it does something, and what it needs
         "width": (r.road, "--road"), "grn": (r.depths, "--depths"),
-        "muon_lr": (r.optimizer == "muon" and not r.freeze_backbone, "--optimizer muon"),
+        "muon_lr": (r.optimizer == "muon", "--optimizer muon"),
         "beta2": (r.optimizer != "sgd", "--optimizer adamw or muon"),
         "start_share": (r.start_size, "--start-size"),
         "crop_padding": (r.img_size <= SMALL, f"images of up to {SMALL} pixels"),
@@ -2029,6 +2045,7 @@ def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
         "crop_pct": (r.img_size > SMALL, f"images above {SMALL} pixels"),
         "mixup": (mixes, "a --mix-prob above 0"), "cutmix": (mixes, "a --mix-prob above 0"),
         "distill_alpha": (r.teacher, "--teacher"), "distill_temperature": (r.teacher, "--teacher"),
+        "freeze_backbone": (not r.road, "a network without --road"),
         "drop_path": (not r.road, "a network without --road"),
         "head_init_scale": (not r.road, "a network without --road"),
         "init": (not r.road, "a network without --road")}
@@ -2054,7 +2071,7 @@ def check(r: Recipe) -> None:
             what = kinds.get(TYPES[name], "true or false")
             raise UserError(f"{flag(name)} must be {what}{allowed}, not {value!r}")
     if r.depths and (not r.dims or len(r.depths) != len(r.dims)):
-        raise UserError(f"--depths and --dims must have one length, not {r.depths} and {r.dims}")
+        raise UserError(f"--depths and --dims need equally many numbers: {r.depths}, {r.dims}")
     for name in ("mixup", "cutmix"):
         if 0 < getattr(r, name) < 1e-3:
             raise UserError(f"{flag(name)} must be 0 or at least 0.001, not {getattr(r, name)}")
@@ -2064,12 +2081,13 @@ def check(r: Recipe) -> None:
         raise UserError("--layer-decay needs a network without --road")
     demands = (  # a setting, whether it is right, and what it must be
         ("warmup_epochs", r.warmup < r.epochs, f"below --epochs, {r.epochs}"),
-        ("min_lr", r.min_lr <= r.lr, f"up to --lr, {r.lr}"),
-        ("accumulate", r.accumulate <= r.batch_size, f"up to --batch-size, {r.batch_size}"),
+        ("min_lr", r.min_lr <= r.lr, f"at most --lr, {r.lr}"),
+        ("accumulate", r.accumulate <= r.batch_size, f"at most --batch-size, {r.batch_size}"),
         ("img_size", r.img_size >= r.stride, f"{r.stride} or more, the network's total stride"),
         ("start_size", r.start_size <= r.img_size and r.start_size % r.stride == 0,
          f"a multiple of {r.stride}, the network's stride, up to --img-size, {r.img_size}"),
-        ("crop_padding", r.crop_padding < r.img_size, f"below --img-size, {r.img_size}"))
+        ("crop_padding", r.crop_padding < r.img_size or r.eval_only is not None,
+         f"below --img-size, {r.img_size}"))
     for name, fine, must_be in demands:
         if not fine:
             raise UserError(f"{flag(name)} must be {must_be}, not {getattr(r, name)}")
