@@ -29,6 +29,7 @@ import convnext
 
 ASSETS = Path(__file__).parent
 POSITIONS, CHANNELS, NORM, OTHER = "#D55E00", "#0072B2", "#009E73", "#8C8C8C"
+ATTENTION = "#AA3377"
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 DESIGNS = convnext.DESIGNS
@@ -437,10 +438,12 @@ def road_of_the_paper() -> plt.Figure:
     left.axvline(81.3, color=OTHER, linestyle=":")
     left.text(81.25, 0.2, "Swin-T", ha="right", fontsize=8, color=OTHER)
     left.set(yticks=range(len(names)), xlabel="ImageNet top-1 in % (the paper's)",
-             xlim=(75.7, 83), title="The road")
+             xlim=(75.7, 83), title=f"The recipe gains {values[1] - values[0]:.1f} of the "
+             f"{values[-1] - values[0]:.1f} points")
     left.set_yticklabels(["ResNet-50, old recipe", "ResNet-50, new recipe", *names[2:]], fontsize=9)
     left.invert_yaxis()
-    right.set(xlabel="GMACs (counted here)", xlim=(0, 6.6), title="Cost")
+    right.set(xlabel="GMACs (counted here)", xlim=(0, 6.6),
+              title=f"From {costs[0]:.1f} to {costs[-1]:.1f}")
     left.grid(axis="y", color="#EEEEEE", zorder=0)
     return figure
 
@@ -459,8 +462,8 @@ def stage_budget() -> plt.Figure:
     for axis, unit in zip(axes, ("GMACs", "million parameters")):
         axis.set(ylabel=unit, xticks=range(6))
         axis.set_xticklabels(groups, fontsize=8)
-    axes[0].set_title("Where the arithmetic is")
-    axes[1].set_title("Where the parameters are")
+    axes[0].set_title("Stage 3 has the most arithmetic")
+    axes[1].set_title("Stage 4 has the most parameters")
     axes[0].legend(fontsize=8)
     return figure
 
@@ -512,13 +515,14 @@ def shares_of_a_block() -> plt.Figure:
               label="two linear layers")
     for name, share in zip(names, shares):
         axis.text(share + 0.01, name, f"{share:.1%}", color="white", va="center", fontsize=9)
-    axis.set(xlabel="share of a block's MACs", xlim=(0, 1))
+    axis.set(xlabel="share of a block's MACs", xlim=(0, 1),
+             title=f"The convolution is {shares[0]:.0%} of a block, and less in later stages")
     axis.invert_yaxis()
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 def arithmetic() -> None:
-    kinds = {"stem, downsampling, head": "black", "k×k dense": "#B07AA1",
+    kinds = {"stem, downsampling, head": "black", "k×k dense": "#7A5C3E",
              "k×k depthwise": POSITIONS, "1×1 in branches": CHANNELS, "1×1 on shortcuts": OTHER}
     names = ["patchify stem", "depthwise conv", "width 64 to 96", "inverted bottleneck",
              "depthwise conv first", "kernel 7x7", "separate downsampling"]
@@ -532,7 +536,8 @@ def arithmetic() -> None:
             left += value
         axis.text(left + 0.05, i, f"{left:.2f} GMACs, {STEPS[name].top1:.2f} %", va="center",
                   fontsize=8)
-    axis.set(xlabel="GMACs (counted here)", xlim=(0, 6.9), title="Where the arithmetic goes")
+    axis.set(xlabel="GMACs (counted here)", xlim=(0, 6.9),
+             title="Depthwise convolutions cost almost nothing, the 1×1 layers nearly all")
     axis.invert_yaxis()
     axis.legend(fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.4, -0.2),
                 columnspacing=1, handlelength=1)
@@ -578,8 +583,10 @@ def passing(alike: dict[str, list], added: dict[str, list]) -> None:
         for edge in (3.5, 6.5, 15.5):
             axis.axvline(edge, color="#DDDDDD", zorder=0)
         axis.set(xlabel="block (a line: the next stage begins)", xticks=(1, 4, 7, 10, 13, 16))
-    axes[0].set(ylim=(-0.15, 1), title="How alike two unrelated images are (cosine)")
-    axes[1].set(ylim=(0, 1.5), title="Size of a branch / size of its shortcut")
+    axes[0].set(ylim=(-0.15, 1), ylabel="cosine of two unrelated images",
+                title="Three activations make images alike")
+    axes[1].set(ylim=(0, 1.5), ylabel="size of branch / shortcut",
+                title="One norm keeps the branches small")
     axes[0].legend(fontsize=8)
     plt.show()
 
@@ -665,8 +672,8 @@ class LiveCurves:
     def picture(self) -> plt.Figure:
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.7))
         looks = {"ConvNeXt": ("black", "-"), "3×3": (POSITIONS, "-"), "no norm": (NORM, "-"),
-                 "no mixing": (POSITIONS, ":"), "attention": ("#AA3377", "-"),
-                 "attention, own block": ("#AA3377", "--")}
+                 "no mixing": (POSITIONS, ":"), "attention": (ATTENTION, "-"),
+                 "attention, own block": (ATTENTION, "--")}
         others = iter(("-", "--", ":", "-.") * 9)
         for name, points in self.runs.items():
             color, style = looks[name] if name in looks else (OTHER, next(others))
@@ -674,7 +681,7 @@ class LiveCurves:
             left.plot(steps, losses, linestyle=style, color=color)
             right.plot(steps, accuracies, linestyle=style, color=color, label=name)
         left.set(xlabel="step", ylabel="loss of the batch", ylim=(0, None))
-        right.set(xlabel="step", ylabel="right, of new shapes, in %", ylim=(0, 100))
+        right.set(xlabel="step", ylabel="accuracy on new shapes in %", ylim=(0, 100))
         if self.runs:
             right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         plt.close(figure)
@@ -722,21 +729,22 @@ def our_road() -> plt.Figure:
     figure, axis = plt.subplots(figsize=(8, 0.32 * len(names) + 1))
     axis.plot([OURS[name].mean() for name in on_road], range(len(on_road)), color="#CCCCCC",
               zorder=1)
-    before = None
+    gains = {last: OURS[last].mean() - OURS[first].mean() for first, last in pairwise(on_road)}
+    most, least = max(gains, key=gains.get), min(gains, key=gains.get)
+    axis.set_title(f"{labels[most]} gains most, {labels[least]} loses most")
     for i, name in enumerate(names):
         values = OURS[name]
         single = name in STEPS and "+" not in labels[name]
-        color = step_color(name) if single else "black" if i < len(on_road) else POSITIONS
+        color = step_color(name) if single else "black" if i < len(on_road) else ATTENTION
         axis.plot([values.min(), values.max()], [i, i], color=color, linewidth=1.5)
         if len(values) > 1:
             axis.scatter(values, [i] * len(values), marker="|", s=60, color=color)
         axis.scatter(values.mean(), i, s=36, color=color, zorder=3,
                      marker="o" if i < len(on_road) else "D")
-        if before is not None and i < len(on_road):
-            axis.annotate(minus(f"{values.mean() - before:+.1f}"), (values.max(), i), (9, 0),
+        if name in gains:
+            axis.annotate(minus(f"{gains[name]:+.1f}"), (values.max(), i), (9, 0),
                           textcoords="offset points", va="center", fontsize=9,
                           bbox={"fc": "white", "ec": "none", "pad": 0.5})
-        before = values.mean()
     best = max(values.max() for values in OURS.values())
     axis.set(yticks=range(len(names)), xlim=(None, best + 1.5), xlabel="CIFAR-10 top-1 in % on "
              "30,000 held-out images; bars: two seeds")
@@ -777,7 +785,8 @@ def cost_and_accuracy() -> None:
             above = name in ("ConvNeXt", "isotropic ConvNeXt")
             axis.annotate(letter, (gx, top1), (0, 6 if above else -12), ha="center",
                           textcoords="offset points", fontsize=8, color=color)
-    axis.set(xlabel="GMACs at 224×224", ylabel="ImageNet top-1 in %", ylim=(79, 85))
+    axis.set(xlabel="GMACs at 224×224", ylabel="ImageNet top-1 in %", ylim=(79, 85),
+             title="At equal cost, convolution and attention are close")
     axis.set_xticks((4, 8, 16, 32, 64), (4, 8, 16, 32, 64))
     axis.minorticks_off()
     axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -794,7 +803,8 @@ def grn_maps(before: Tensor, after: Tensor, scale: float) -> None:
         for axis, picture in zip(line, maps):
             axis.imshow(picture, cmap="Greens", norm=colors.PowerNorm(0.4, 0, after.max()))
             axis.set_xlabel(f"{picture.norm():.0f}", fontsize=8)
-    figure.suptitle("Below each map: its strength over the image", fontsize=10)
+    figure.suptitle("GRN raises the strong channels most (numbers: strength over the image)",
+                    fontsize=10)
     plt.show()
 
 def times(time_of: dict[str, dict[str, float]]) -> plt.Figure:
@@ -809,7 +819,10 @@ def times(time_of: dict[str, dict[str, float]]) -> plt.Figure:
             left += share
         axis.text(1.01, row, f"{100 * values['depthwise 7×7'] / whole:.0f} %", color=POSITIONS,
                   va="center")
-    axis.set(xlabel="share of the block (the numbers are the depthwise convolution's)", xlim=(0, 1))
+    slow = time_of["backward"]
+    axis.set(xlabel="share of the block (the numbers are the depthwise convolution's)", xlim=(0, 1),
+             title=f"The convolution: {49 / sum(macs.values()):.0%} of the MACs, "
+             f"{slow['depthwise 7×7'] / sum(slow.values()):.0%} of the backward time")
     axis.invert_yaxis()
     axis.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35))
     return figure
@@ -829,11 +842,13 @@ def image_grid(columns: dict[str, Tensor], names: list[str]) -> None:
 
 def training_curves() -> None:
     _figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.7))
+    ends = []
     for label, name, color in (("--recipe fast", "fast-atto", "black"),
                                ("the former recipe", "atto-patch2", OTHER)):
         rows = read_csv(f"{name}.csv")
         minutes = np.cumsum([float(row["seconds"]) for row in rows]) / 60
         tested = [(m, float(row["test_top1"])) for m, row in zip(minutes, rows) if row["test_top1"]]
+        ends.append(tested[-1][1])
         left.plot(minutes, [float(row["train_loss"]) for row in rows], color=color)
         right.plot(*zip(*tested), color=color, marker=".", label=f"{label}: {tested[-1][1]:.1f} %")
     smoothed = np.array([0.91] + [0.01] * 9)
@@ -842,7 +857,8 @@ def training_curves() -> None:
     left.text(128, lowest - 0.03, "lowest that label smoothing allows", va="top", ha="right",
               fontsize=8)
     left.set(xlabel="minutes on two CPU cores", ylabel="training loss", ylim=(0.3, 2.1))
-    right.set(xlabel="minutes on two CPU cores", ylabel="test accuracy in %")
+    right.set(xlabel="minutes on two CPU cores", ylabel="test accuracy in %",
+              title=f"The fast recipe ends {ends[0] - ends[1]:.0f} points higher")
     right.legend(loc="lower right", fontsize=8)
     plt.show()
 
@@ -857,7 +873,8 @@ def strongest_filters(networks: dict[str, nn.Module]) -> None:
             limit = kernel.abs().max()
             axis.imshow(kernel, cmap="RdBu_r", vmin=-limit, vmax=limit)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    figure.suptitle("Red +, blue −, each scaled", fontsize=10)
+    figure.suptitle("Early filters are small spots, later ones are wide (red +, blue −)",
+                    fontsize=10)
     plt.show()
 
 def learned_fields(networks: dict[str, list[tuple[Tensor, float]]]) -> plt.Figure:
@@ -869,7 +886,7 @@ def learned_fields(networks: dict[str, list[tuple[Tensor, float]]]) -> plt.Figur
         row[0].set_ylabel(name)
         for number, (axis, (size, radius)) in enumerate(zip(row, sizes), 1):
             axis.imshow(size / size.max(), cmap="Oranges", norm=colors.PowerNorm(0.5, 0, 1))
-            axis.set_title(f"stage {number}: {radius:.1f} pixels", fontsize=9)
+            axis.set_title(f"stage {number}: {radius:.1f} px on average", fontsize=9)
     return figure
 
 def confidence(sure_by: Tensor, correct: Tensor) -> plt.Figure:
@@ -881,11 +898,15 @@ def confidence(sure_by: Tensor, correct: Tensor) -> plt.Figure:
         if n >= 10:
             x, y = sure_by[chosen].mean().item(), correct[chosen].float().mean().item()
             axis.errorbar(x, y, 2 * (y * (1 - y) / n) ** 0.5, fmt="o", color="black", markersize=4)
-            axis.annotate(n, (x, y), (6, -10), textcoords="offset points", fontsize=7)
-    axis.plot((0.3, 1), (0.3, 1), color=OTHER, linestyle="--", zorder=0)
+            below = (6, -10) if y < x + 0.05 else (6, -3)
+            axis.annotate(n, (x, y), below, textcoords="offset points", fontsize=7)
+    axis.plot((0.3, 1), (0.3, 1), color=OTHER, linestyle="--", zorder=0, label="stated = right")
+    axis.legend(fontsize=8)
     axis.axvline(0.91, color=OTHER, linestyle=":")
     axis.set(xlabel="stated probability (numbers: answers)", ylabel="share that is right",
-             xlim=(0.28, 1.02), ylim=(0.2, 1.02))
+             xlim=(0.28, 1.02), ylim=(0, 1.05),
+             title=f"Where it states 90 % or more, {correct[sure_by >= 0.9].float().mean():.0%} "
+             "are right")
     return figure
 
 def mistakes(images: Tensor, captions: list[str]) -> None:
@@ -915,7 +936,8 @@ def fine_tuning() -> plt.Figure:
             above = start == "finetune" or start == "probe" and n == shots[-1]
             axis.annotate(f"{mean:.0f}", (n, mean), (0, 5 if above else -11),
                           textcoords="offset points", ha="center", fontsize=7)
-    axis.set(xlabel="images per class", ylabel="test accuracy in %", ylim=(45, 92))
+    axis.set(xlabel="images per class", ylabel="test accuracy in %", ylim=(45, 92),
+             title="Fine-tuning is best at every size")
     axis.set_xticks(shots, shots)
     axis.minorticks_off()
     axis.legend(fontsize=8)
