@@ -208,7 +208,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init: float = 1e-6) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init))
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gamma * x
@@ -566,8 +566,8 @@ class RoadmapBlock(nn.Module):
         if dim_in != self.dim or stride > 1:
             self.shortcut = nn.Sequential(*pointwise(dim_in, self.dim, design.norm, stride))
         self.act = extra_act()
-        # Only the last step has LayerScale here. The paper does not say which of its steps had it;
-        # by appendix A.1 all were trained with table 5's settings, where it is 1e-6.
+        # LayerScale comes with the last step here. The paper does not say which steps had it; by
+        # appendix A.1 all were trained with table 5's settings, where it is 1e-6.
         has_scale = design.separate_downsampling and layer_scale > 0
         self.layer_scale = LayerScale(self.dim, layer_scale) if has_scale else nn.Identity()
 
@@ -653,8 +653,9 @@ def roadmap_network(design: Design, num_classes: int = 1000, patch_size: int = 4
     """Build any network of the road, such as DESIGNS["GELU"]. (b, 3, h, w) -> (b, num_classes)
 
     patch_size: the stride of the whole stem, 4, or 1 or 2 for images of 32x32 pixels. Without
-    patches, the stem's convolution and max-pool share it. layer_scale: initial γ in the networks
-    with separate downsampling, 0 for none. Other widths: DESIGNS["GELU"]._replace(width=32).
+    patches, the stem's convolution and max-pool share it. layer_scale: initial γ of LayerScale,
+    which comes with separate downsampling; 0 for none. For another width, use
+    DESIGNS["GELU"]._replace(width=32).
 
     Initial weights are PyTorch's, and the stochastic depth of the paper's networks is left out: the
     last step is ConvNeXt-Tiny, but starts from other weights. Raises ValueError for a different

@@ -289,7 +289,7 @@ def test_without_classes_it_is_hugging_faces_backbone():
     pooled = logits_of(peer, x).pooler_output
     assert_close(pooled, logits_of(model, x), atol=1e-5, rtol=1e-5)
 
-@pytest.mark.parametrize("gamma", [None, 1e-6], ids=["random", "one as at the start"])
+@pytest.mark.parametrize("gamma", [None, 1e-6, 1], ids=["random", "as at the start", "an int"])
 def test_fold_layer_scale_keeps_the_function(gamma):
     model = randomise(create_convnext("atto", num_classes=10))
     block = model.stages[0][0]
@@ -2186,10 +2186,13 @@ def test_fine_tuning_begins_with_the_weights(pretrained, capsys):
     assert chosen["layer_decay"] == 0.8 and chosen["depths"] == (1, 1)
     assert all(state["args"][name] == value for name, value in chosen.items())
 
-def test_fine_tuning_a_network_of_the_road(small):
+def test_fine_tuning_a_network_of_the_road(small, capsys):
     flags = "--dataset synthetic -b 32 --epochs 1 --device cpu --amp off -j 0"
     assert outcome(f"{flags} --road GELU --width 8 --patch-size 2 --output road") == "0"
+    capsys.readouterr()
     assert outcome(f"{flags} --init-from road --recipe finetune --output tuned") == "0"
+    chosen = re.search("recipe  finetune: (.*)", capsys.readouterr().out)[1]
+    assert outcome(f"{chosen} --output again") == "0"  # it can be typed
     ended = outcome(f"{flags} --init-from road --freeze-backbone --output x")
     assert ended == "UserError: --freeze-backbone needs a network without --road"
 
@@ -2366,6 +2369,7 @@ def test_without_a_folder_train_every_fifth_image_of_a_class_is_a_test_image(sma
     ("val/a/x.png val/b/x.png", "has no folder train or training"),
     ("train/a/x.png train/b/x.png", "has no folder test or val"),
     ("train/x.png val/x.png", "data/train needs a folder per class"),
+    ("Train/x.png Bus/x.png", "data needs five images of a class or more"),
     ("train/a/x.png val/a/x.png", "has images of one class, a; two are needed"),
     ("train/a/x.png train/b/x.png test/1.png",
      "data/test needs a folder per class with images in it. --predict takes"),
@@ -2645,11 +2649,11 @@ def test_classes_in_another_order_are_evaluated_in_the_order_of_the_weights(smal
         assert f"test loss {loss:.4f}  top-1 {top1:.2f} %" in said.out
         assert "assum" not in said.err
     ended = outcome(f"{FOLDER} --teacher turned.pt --output x")
-    assert "turned.pt was trained on the classes b cat, a dog (2), in this order, but" in ended
+    assert "turned.pt has 2 classes: b cat, a dog. The images here have 2 classes, or in" in ended
 
 @pytest.mark.parametrize(("count", "said"), [
     (2, "assuming that the outputs of hf are a dog (0), b cat (1)"),
-    (3, "hf was trained on the classes wolf 0, wolf 1, wolf 2 (3), in this order, but")])
+    (3, "hf has 3 classes: wolf 0, wolf 1, wolf 2. The images here have 2 classes")])
 def test_other_names_of_the_classes(small, capsys, count, said):
     """As many are taken for the same classes, in the same order, with a note."""
     make_folder("data")
@@ -2920,8 +2924,8 @@ def test_images_of_any_size_can_be_evaluated(small):
     assert outcome("--eval-only run --device cpu") == "0"
 
 @pytest.mark.parametrize(("number", "text"), [
-    (12345.6, "12346"), (999.96, "1000"), (0.00123456, "0.001235"), (3, "3")])
-def test_numbers_are_printed_without_exponents(number, text):
+    (12345.6, "12346"), (999.96, "1000"), (1e30, "1e+30"), (0.00123456, "0.001235"), (3, "3")])
+def test_large_numbers_are_printed_without_exponents(number, text):
     assert train.in_digits(number) == text
 
 @pytest.mark.parametrize(("line", "expected"), [

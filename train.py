@@ -87,7 +87,7 @@ class Recipe:
     Raises UserError for a value that is not allowed."""
     recipe: str = setting("scratch", "which defaults to use: finetune is for --init-from, fast for "
                           "two CPU cores", ("scratch", "finetune", "fast"), group="what to do")
-    resume: str | None = setting(None, "continue the run of this last.pt")
+    resume: str | None = setting(None, "continue the run in this folder")
     eval_only: str | None = setting(None, "do not train; measure the accuracy of these weights")
     predict: str | None = setting(None, "with --eval-only: a picture, or a folder of pictures")
     output: str | None = setting(None, "folder of the run, or with --predict a .csv file. "
@@ -220,10 +220,11 @@ def finetune(network: Recipe) -> dict[str, Any]:
     drop_path = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.4}  # huge: ours
     return {
         "epochs": 30, "lr": 5e-5 * scale, "min_lr": 5e-5 * scale / 50, "warmup_epochs": 0.0,
-        "weight_decay": 1e-8, "layer_decay": 1.0 if network.road else 0.8, "rand_augment": 9.0,
-        "mixup": 0.0, "cutmix": 0.0, "random_erase": 0.25, "label_smoothing": 0.1, "clip_grad": 0.0,
-        "head_init_scale": 0.001,
-        "drop_path": drop_path.get(size, 0.0),
+        "weight_decay": 1e-8, "rand_augment": 9.0, "mixup": 0.0, "cutmix": 0.0,
+        "random_erase": 0.25, "label_smoothing": 0.1, "clip_grad": 0.0,
+        # Networks of the road know neither of these two.
+        "layer_decay": 1.0 if network.road else 0.8,
+        "head_init_scale": 1.0 if network.road else 0.001, "drop_path": drop_path.get(size, 0.0),
         # The paper averages with decay 0.9999, over some 1 / (1 - 0.9999) = 10,000 steps, for
         # XLarge only. It takes 75,000 steps, so this is a share of 0.13.
         "ema_horizon": 0.13 if size == "xlarge" else 0.0}
@@ -239,6 +240,8 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
         if "resume" in typed:  # nobody else may write to the run while it is read
             if Path(typed["resume"]).is_dir():
                 typed["resume"] = str(Path(typed["resume"], "last.pt"))
+            if not Path(typed["resume"]).exists():
+                raise UserError(f"{typed['resume']}: no such file")
             locks.enter_context(lock(Path(typed["resume"]).parent))
         address = typed.get("resume") or typed.get("eval_only") or typed.get("init_from")
         source = open_source(address) if address else None
@@ -456,7 +459,7 @@ def finish_epoch(run: Run) -> None:
 
 def in_digits(number: float) -> str:
     """With four significant digits, but 12345, not 1.234e+04."""
-    return f"{number:.0f}" if number >= 1000 else f"{number:.4g}"
+    return f"{number:.0f}" if 1000 <= number < 1e9 else f"{number:.4g}"
 
 def measure(run: Run) -> dict[str, float]:
     """The scores of the weights, and of their average, as columns of metrics.csv. They are measured
@@ -546,10 +549,10 @@ def report_run(run: Run) -> None:
 def report_source(source: Source, recipe: Recipe, splits: tuple | None = None) -> None:
     """Print the scores of --eval-only's weights on the test images."""
     test = splits[1] if splits else load_split(recipe, train=False)
-    differ = source.classes not in (None, test.classes)
-    if differ and not splits and {*source.classes} >= {*test.classes}:
+    theirs, here = {*(source.classes or ())}, {*test.classes}
+    if theirs >= here:
         test = in_order(test, source.classes)
-    elif differ and not source.settings and source.num_classes == len(test.classes):
+    elif theirs and not theirs & here and source.num_classes == len(here) and not source.settings:
         note(f"{source.name} names its classes in another way: {shorten(source.classes)}")
         source = replace(source, classes=None)  # "tench", where the data set has "n01440764"
     check_classes(source, test.classes)
@@ -1124,12 +1127,18 @@ TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 def load_folder(recipe: Recipe, train: bool) -> Images:
-    """The images in DIR/train, or in DIR/test or DIR/val. If DIR has neither, its sub-folders are
-    the classes, and every fifth image of each is a test image."""
+    """The images in DIR/train, or in DIR/test or DIR/val, also in capitals. If DIR has neither, its
+    sub-folders are the classes, and every fifth image of each is a test image."""
     root = Path(recipe.data_dir)
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: there is no such folder")
-    folders = {place.name.lower(): place for place in sorted(root.iterdir()) if place.is_dir()}
+    try:
+        folders = {entry.name: root / entry.name for entry in os.scandir(root) if entry.is_dir()}
+    except OSError as error:
+        refuse_folder(error)
+    lower = {name.lower(): folders[name] for name in folders} | folders
+    if {*TRAIN_FOLDERS} & lower.keys() and {*TEST_FOLDERS} & lower.keys():
+        folders = lower  # "Train" alone may be a class
     present = [name for name in TRAIN_FOLDERS + TEST_FOLDERS if name in folders]
     names = TRAIN_FOLDERS if train else TEST_FOLDERS
     places = [folders[name] for name in present if name in names]
@@ -1150,7 +1159,8 @@ def load_folder(recipe: Recipe, train: bool) -> Images:
     else:
         raise UserError(f"--data-dir {root} has no folder {' or '.join(names)}")
     for name in [name for name in found if not found[name]]:
-        note(f"{place} has no images of {name}")
+        if train:
+            note(f"{place} has no images of {name}")
         del found[name]
     if not found:
         raise UserError(f"{place} needs a folder per class with images in it"
@@ -1564,9 +1574,9 @@ def check_classes(source: Source, classes: list[str]) -> None:
     if not count:
         raise UserError(f"{source.name} has no classifier: train one with --init-from")
     if count != len(classes) or source.classes not in (None, classes):
-        known = f"{shorten(source.classes)} ({count})" if source.classes else f"{count}, not named"
-        raise UserError(f"{source.name} was trained on the classes {known}, in this order, but the "
-                        f"images here have {shorten(classes)} ({len(classes)})")
+        known = f": {shorten(source.classes)}" if source.classes else ""
+        raise UserError(f"{source.name} has {count} classes{known}. The images here have "
+                        f"{len(classes)} classes, or in another order: {shorten(classes)}")
     if source.classes:
         return
     order = [f"{name} ({number})" for number, name in enumerate(classes)]
@@ -1719,8 +1729,6 @@ def new_folder(recipe: Recipe) -> str:
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder. One that stays empty is removed."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
     file = folder / ".lock"
     guard = FileLock(file, timeout=0)
     try:
@@ -2045,7 +2053,6 @@ def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
         "crop_pct": (r.img_size > SMALL, f"images above {SMALL} pixels"),
         "mixup": (mixes, "a --mix-prob above 0"), "cutmix": (mixes, "a --mix-prob above 0"),
         "distill_alpha": (r.teacher, "--teacher"), "distill_temperature": (r.teacher, "--teacher"),
-        "freeze_backbone": (not r.road, "a network without --road"),
         "drop_path": (not r.road, "a network without --road"),
         "head_init_scale": (not r.road, "a network without --road"),
         "init": (not r.road, "a network without --road")}
@@ -2077,8 +2084,9 @@ def check(r: Recipe) -> None:
             raise UserError(f"{flag(name)} must be 0 or at least 0.001, not {getattr(r, name)}")
     if r.val_size >= 1 and r.val_size != int(r.val_size):
         raise UserError(f"--val-size must be a share below 1 or a whole number, not {r.val_size}")
-    if r.road and r.layer_decay < 1:
-        raise UserError("--layer-decay needs a network without --road")
+    for name in ("layer_decay", "freeze_backbone"):
+        if r.road and getattr(r, name) != FIELDS[name].default:
+            raise UserError(f"{flag(name)} needs a network without --road")
     demands = (  # a setting, whether it is right, and what it must be
         ("warmup_epochs", r.warmup < r.epochs, f"below --epochs, {r.epochs}"),
         ("min_lr", r.min_lr <= r.lr, f"at most --lr, {r.lr}"),
