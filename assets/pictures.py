@@ -29,6 +29,7 @@ sys.path.append(str(ASSETS.parent))
 import convnext  # from the folder above
 
 POSITIONS, CHANNELS, NORM, OTHER = "#D55E00", "#0072B2", "#009E73", "#8C8C8C"
+ATTENTION = "#AA3377"
 plt.rcParams.update({
     "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 11,
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
@@ -130,7 +131,7 @@ def road() -> Figure:
             ("new training recipe", ("ResNet-50", "new"), "black")]
     rows += [(name, (name, "new"), colour_of(step)) for name, step in [*steps.items()][1:]]
     instead = ("window attention", "Swin block")  # of the last network's convolution or block
-    rows += [(f"{name} instead", (name, "new"), POSITIONS) for name in instead]
+    rows += [(f"{name} instead", (name, "new"), ATTENTION) for name in instead]
     figure, axis = plt.subplots(figsize=(WIDTH, 5.6))
     before, means = None, {}
     for place, (_, key, colour) in enumerate(rows):
