@@ -2524,7 +2524,7 @@ def test_a_data_set_that_cannot_be_downloaded(small, monkeypatch):
 
 def shapes_as(kind, count, size=32):
     """Drawn shapes as a tensor of bytes, or as arrays or paths, as Images takes them."""
-    shapes = train.draw_shapes(50 * count, size, seed=count)
+    shapes = train.draw_shapes(count, size, seed=count)
     if kind == "tensor":
         return shapes
     arrays = list(rearrange(shapes.images, "b c h w -> b h w c").numpy())
