@@ -516,7 +516,8 @@ def shares_of_a_block() -> plt.Figure:
     for name, share in zip(names, shares):
         axis.text(share + 0.01, name, f"{share:.1%}", color="white", va="center", fontsize=9)
     axis.set(xlabel="share of a block's MACs", xlim=(0, 1),
-             title=f"The convolution is {shares[0]:.0%} of a block, and less in later stages")
+             title=f"The convolution is {100 * shares[0]:.0f} % of a block, and less in later "
+             "stages")
     axis.invert_yaxis()
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -821,8 +822,8 @@ def times(time_of: dict[str, dict[str, float]]) -> plt.Figure:
                   va="center")
     slow = time_of["backward"]
     axis.set(xlabel="share of the block (the numbers are the depthwise convolution's)", xlim=(0, 1),
-             title=f"The convolution: {49 / sum(macs.values()):.0%} of the MACs, "
-             f"{slow['depthwise 7×7'] / sum(slow.values()):.0%} of the backward time")
+             title=f"The convolution: {4900 / sum(macs.values()):.0f} % of the MACs, "
+             f"{100 * slow['depthwise 7×7'] / sum(slow.values()):.0f} % of the backward time")
     axis.invert_yaxis()
     axis.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35))
     return figure
@@ -886,7 +887,7 @@ def learned_fields(networks: dict[str, list[tuple[Tensor, float]]]) -> plt.Figur
         row[0].set_ylabel(name)
         for number, (axis, (size, radius)) in enumerate(zip(row, sizes), 1):
             axis.imshow(size / size.max(), cmap="Oranges", norm=colors.PowerNorm(0.5, 0, 1))
-            axis.set_title(f"stage {number}: {radius:.1f} px on average", fontsize=9)
+            axis.set_title(f"stage {number}: {radius:.1f} px away", fontsize=9)
     return figure
 
 def confidence(sure_by: Tensor, correct: Tensor) -> plt.Figure:
@@ -905,8 +906,8 @@ def confidence(sure_by: Tensor, correct: Tensor) -> plt.Figure:
     axis.axvline(0.91, color=OTHER, linestyle=":")
     axis.set(xlabel="stated probability (numbers: answers)", ylabel="share that is right",
              xlim=(0.28, 1.02), ylim=(0, 1.05),
-             title=f"Where it states 90 % or more, {correct[sure_by >= 0.9].float().mean():.0%} "
-             "are right")
+             title=f"Where it states 90 % or more, "
+             f"{100 * correct[sure_by >= 0.9].float().mean():.0f} % are right")
     return figure
 
 def mistakes(images: Tensor, captions: list[str]) -> None:
