@@ -26,6 +26,7 @@ import csv
 import ctypes
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -42,7 +43,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -472,7 +472,7 @@ def measure(run: Run) -> dict[str, float]:
     scores = {}
     for prefix, model in models.items():
         batches = evaluation_batches(data.val or data.test, run.recipe.workers)
-        batches = takewhile(lambda batch: not run.stopped_by, batches)
+        batches = itertools.takewhile(lambda batch: not run.stopped_by, batches)
         for name, value in evaluate(model, batches, data.mean, data.std, run.precision).items():
             scores[f"{prefix}_{name}"] = value
     return scores
@@ -506,9 +506,8 @@ def train_step(
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         scaler.step(optimizer)  # optimizer.step(), unless a gradient in float16 is infinite
-    scaler.update()
-    for optimizer in optimizers:
         optimizer.zero_grad()
+    scaler.update()
     return total
 
 def training_loss(recipe: Recipe, logits: Tensor, targets: Tensor,
@@ -643,11 +642,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
         decays = p.ndim >= 2 and not name.endswith("bias")
         decay = weight_decay if decays else 0.0
         lr_scale = layer_decay ** layers_below_head(name, model) if layer_decay < 1 else 1.0
-        key = (by_muon, decay, lr_scale)
-        if key not in groups:
-            groups[key] = {"params": [], "muon": by_muon, "weight_decay": decay,
-                           "lr_scale": lr_scale}
-        groups[key]["params"].append(p)
+        settings = {"muon": by_muon, "weight_decay": decay, "lr_scale": lr_scale}
+        group = groups.setdefault(tuple(settings.values()), settings | {"params": []})
+        group["params"].append(p)
     return list(groups.values())
 
 def takes_muon(name: str, p: Tensor) -> bool:
@@ -665,16 +662,15 @@ def layers_below_head(name: str, model: convnext.ConvNeXt) -> int:
     layers_of_stage = [1] * len(model.stages)
     if len(model.stages) > 2:
         layers_of_stage[2] = math.ceil(len(model.stages[2]) / 3)
-    head = 1 + sum(layers_of_stage)
     part, stage, block = name.split(".")[:3]
     if part == "head":
         return 0
     if name.startswith("downsample_layers.0."):  # the stem
-        return head
-    layer = 1 + sum(layers_of_stage[: int(stage)])  # the first of this stage
+        return 1 + sum(layers_of_stage)
+    below = sum(layers_of_stage[int(stage) :])  # this stage and those after it
     if part == "stages" and stage == "2":
-        layer += int(block) // 3
-    return head - layer
+        below -= int(block) // 3
+    return below
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal (https://kellerjordan.github.io/posts/muon).
@@ -787,17 +783,16 @@ def load_initial(model: nn.Module, source: Source, classes: list[str], recipe: R
     tensors = {name: tensor for name, tensor in source.tensors.items()
                if same_classes or ".fc." not in name}
     with one_line_errors(source.name):
-        if isinstance(model, convnext.ConvNeXt) and source.weights:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # `describe` prints what was kept
-                weights = source.weights._replace(tensors=tensors)
-                kept = convnext.load_weights(model, weights).kept
-        elif source.network.get("road") == recipe.road:
+        if source.network.get("road") != recipe.road:
+            raise ValueError("it holds another kind of network")
+        if recipe.road:
             kept, unknown = model.load_state_dict(tensors, strict=False)
             if unknown:
                 raise ValueError(f"the network has no place for {shorten(unknown)}")
         else:
-            raise ValueError("it holds another kind of network")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # `describe` prints what was kept
+                kept = convnext.load_weights(model, tensors).kept
     if recipe.freeze_backbone:
         untrained = [name for name in kept if not name.startswith("head.")]
         if untrained:
@@ -1020,10 +1015,7 @@ def prepare_data(recipe: Recipe, source: Source | None = None,
                  splits: tuple[Images, Images] | None = None) -> Data:
     """Load all images. Their mean and standard deviation are the source's, if there is one."""
     train, test = splits or (load_split(recipe, train=True), load_split(recipe, train=False))
-    if test.classes != train.classes and splits:
-        raise UserError("the training and the test images have different classes")
-    if test.classes != train.classes:
-        test = in_order(test, train.classes)
+    test = in_order(test, train.classes)
     every = prepare_images(train, recipe)
     unread_test = test
     test = prepare_images(test, recipe)
@@ -1052,12 +1044,13 @@ class Images(Dataset):
     any size; None for bytes.
     """
     images: Tensor | Sequence[str | np.ndarray]
-    labels: Tensor
+    labels: Tensor | Sequence[int]
     classes: list[str]
     square: Callable[[Image.Image], Image.Image] | None = None
 
     def __post_init__(self) -> None:
         self.labels = torch.as_tensor(self.labels).long()
+        self.classes = [str(name) for name in self.classes]
         if not isinstance(self.images, Tensor):
             self.images = [str(x) if isinstance(x, os.PathLike) else x for x in self.images]
         x = self.images
@@ -1103,6 +1096,8 @@ class Images(Dataset):
 
 def in_order(images: Images, classes: list[str]) -> Images:
     """The same images, but their labels count in the order of `classes`."""
+    if images.classes == classes:
+        return images
     unknown = [name for name in images.classes if name not in classes]
     if unknown:
         raise UserError(f"there are test images of {shorten(unknown)}, which are not among the "
@@ -1132,22 +1127,19 @@ def load_folder(recipe: Recipe, train: bool) -> Images:
     root = Path(recipe.data_dir)
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: there is no such folder")
-    try:
-        folders = {entry.name: root / entry.name for entry in os.scandir(root) if entry.is_dir()}
-    except OSError as error:
-        refuse_folder(error)
+    _, entries, _ = next(os.walk(root, onerror=refuse_folder))
+    folders = {name: root / name for name in entries}
     lower = {name.lower(): folders[name] for name in folders} | folders
     if {*TRAIN_FOLDERS} & lower.keys() and {*TEST_FOLDERS} & lower.keys():
         folders = lower  # "Train" alone may be a class
-    present = [name for name in TRAIN_FOLDERS + TEST_FOLDERS if name in folders]
     names = TRAIN_FOLDERS if train else TEST_FOLDERS
-    places = [folders[name] for name in present if name in names]
+    places = [folders[name] for name in names if name in folders]
     if places:
         place = places[0]
         found = find_images(place)
         for other in places[1:]:
             note(f"{other} is not used, since there is {place}")
-    elif not present:
+    elif not folders.keys() & {*TRAIN_FOLDERS, *TEST_FOLDERS}:
         place = root
         found = {}
         for name, paths in find_images(root).items():
@@ -1171,7 +1163,7 @@ def load_folder(recipe: Recipe, train: bool) -> Images:
     for label, name in enumerate(found):
         paths += found[name]
         labels += [label] * len(found[name])
-    return Images(paths, torch.tensor(labels), list(found))
+    return Images(paths, labels, list(found))
 
 # Folders that systems and other programs leave behind; hidden ones are left out, too.
 FOREIGN = {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "@Recycle", "lost+found", "$RECYCLE.BIN",
@@ -1183,20 +1175,15 @@ def find_images(root: Path) -> dict[str, list[str]]:
     does not know, and links to folders below a class, which may lead to other classes or in
     circles. Raises UserError for a folder that cannot be read."""
     found: dict[str, list[str]] = {}
-    left_out: Counter[str] = Counter()
-    try:
-        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    except OSError as error:
-        refuse_folder(error)
-    for entry in entries:
-        if not entry.is_dir():
-            left_out[f"*{Path(entry.name).suffix}"] += 1
-        elif is_foreign(entry.name):
-            left_out[entry.name] += 1
+    _, folders, files = next(os.walk(root, onerror=refuse_folder))
+    left_out = Counter(f"*{Path(file).suffix}" for file in files)
+    for folder in sorted(folders):
+        if is_foreign(folder):
+            left_out[folder] += 1
         else:
             # The same name can be written in two ways in Unicode, say by macOS and by Linux.
-            name = unicodedata.normalize("NFC", entry.name)
-            found.setdefault(name, []).extend(pictures_below(entry.path, left_out))
+            name = unicodedata.normalize("NFC", folder)
+            found.setdefault(name, []).extend(pictures_below(root / folder, left_out))
     if left_out:
         counts = [f"{count} {what}" for what, count in left_out.most_common()]
         note(f"{root}: left out what is no image of a class: {shorten(counts, 9)}")
@@ -1210,7 +1197,8 @@ def refuse_folder(error: OSError) -> None:
 
 def pictures_below(root: str, left_out: Counter) -> list[str]:
     """The paths of all images in a folder and its sub-folders, in order."""
-    suffixes = picture_suffixes()
+    suffixes = {suffix for suffix, form in Image.registered_extensions().items()
+                if form in Image.OPEN}
     paths = []
     for place, folders, files in os.walk(root, onerror=refuse_folder):
         entered = []
@@ -1228,11 +1216,6 @@ def pictures_below(root: str, left_out: Counter) -> list[str]:
                 left_out[f"*{suffix}"] += 1
     return paths
 
-@cache
-def picture_suffixes() -> set[str]:
-    Image.init()
-    return {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
-
 def load_torchvision(recipe: Recipe, train: bool) -> Images:
     """A data set of torchvision, downloaded if need be; ImageNet cannot be."""
     root, name = recipe.data_dir, recipe.dataset
@@ -1240,13 +1223,12 @@ def load_torchvision(recipe: Recipe, train: bool) -> Images:
         if name == "imagenet":  # by identifiers, since two classes have the name "crane"
             data = torchvision.datasets.ImageNet(root, "train" if train else "val")
             paths = [path for path, _ in data.samples]
-            return Images(paths, torch.tensor(data.targets), data.wnids)
+            return Images(paths, data.targets, data.wnids)
         if name == "food101":
             data = torchvision.datasets.Food101(root, "train" if train else "test", download=True)
-            paths = [str(path) for path in data._image_files]
-            return Images(paths, torch.tensor(data._labels), data.classes)
+            return Images(data._image_files, data._labels, data.classes)
         data = getattr(torchvision.datasets, name.upper())(root, train, download=True)
-        return Images(list(data.data), torch.tensor(data.targets), data.classes)
+        return Images(data.data, data.targets, data.classes)
     except (OSError, RuntimeError, ImportError) as error:
         raise UserError(f"{name} could not be loaded ({first_line(error)}). assets/howto.md "
                         f"says which file {root}/ lacks; or use --dataset folder or synthetic"
@@ -1315,7 +1297,8 @@ def without_bad(images: Images) -> Images:
             images.read(i)
             good.append(i)
         except UserError:
-            bad.append(images.images[i])
+            item = images.images[i]
+            bad.append(item if isinstance(item, str) else f"number {i}")
     if bad:
         note(f"images that cannot be read are left out, {len(bad)}: {shorten(bad)}")
     if not good:
@@ -1490,11 +1473,10 @@ class Source:
     network: dict[str, Any]  # the settings that describe the network
     num_classes: int
     tensors: Mapping[str, Tensor]  # averaged, where there is an average
-    weights: convnext.Weights | None  # the same, as convnext.read_weights returns them
     expects: dict[str, Any]  # mean, std, img_size and perhaps crop_pct of its images
     classes: list[str] | None  # names, if they are known
     settings: dict[str, Any]  # of the run that made the file; {} for other programs' files
-    state: Mapping[str, Any]  # a whole last.pt, for --resume; {} for other files
+    state: Mapping[str, Any]  # what our program saved beside the weights; {} for other files
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -1510,7 +1492,6 @@ def open_source(name: str) -> Source:
         saved = saved_by_us(content, metadata)
         args = saved.get("args", {})
         if args.get("road"):
-            weights = None
             tensors = road_tensors(content)
             network = {key: args[key] for key in ("road", "width", "patch_size", "layer_scale")}
             num_classes = len(saved["classes"])
@@ -1527,9 +1508,8 @@ def open_source(name: str) -> Source:
     if "mean" not in expects:
         note(f"{name} does not say what images it expects: assuming 224x224 pixels and "
              "ImageNet's mean and standard deviation")
-    state = content if "step" in saved else {}
-    return Source(name, network, num_classes, tensors, weights, IMAGENET | expects,
-                  known.get("classes"), args, state)
+    return Source(name, network, num_classes, tensors, IMAGENET | expects, known.get("classes"),
+                  args, saved)
 
 def file_in(address: str) -> str:
     """The weights in the folder of a run; any other address as it is."""
@@ -1562,8 +1542,8 @@ def road_tensors(content: Mapping) -> Mapping[str, Tensor]:
 def load_network(source: Source) -> nn.Module:
     """The source's network with its weights, in evaluation mode."""
     with one_line_errors(source.name):
-        if source.weights:
-            return convnext.from_checkpoint(source.weights)
+        if not source.network.get("road"):
+            return convnext.from_checkpoint(source.tensors)
         model = build_network(Recipe(**source.network), source.num_classes)
         model.load_state_dict(source.tensors)
         return model.eval()
@@ -1716,15 +1696,11 @@ def new_folder(recipe: Recipe) -> str:
     if recipe.output:
         return recipe.output
     name = time.strftime("%Y%m%d-%H%M%S-") + network_name(recipe).replace(" ", "-")
-    folder = parent / name
-    number = 1
-    while True:
-        try:
+    for number in itertools.count(1):
+        folder = parent / (f"{name}-{number}" if number > 1 else name)
+        with contextlib.suppress(FileExistsError):
             folder.mkdir()
             return str(folder)
-        except FileExistsError:
-            number += 1
-            folder = parent / f"{name}-{number}"
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
@@ -1822,7 +1798,7 @@ def predictions(source: Source, recipe: Recipe, paths: list[str],
     """Yield each path with its most likely classes and their probabilities."""
     names = class_names(source)
     square = evaluation_square(recipe.img_size, recipe.crop_pct)
-    images = Images(paths, torch.zeros(len(paths), dtype=torch.long), names, square)
+    images = Images(paths, [0] * len(paths), names, square)
     if recipe.skip_bad:
         images = without_bad(images)
     device = pick_device(recipe.device)
@@ -2052,10 +2028,9 @@ def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
         "crop_scale": (r.img_size > SMALL, f"images above {SMALL} pixels"),
         "crop_pct": (r.img_size > SMALL, f"images above {SMALL} pixels"),
         "mixup": (mixes, "a --mix-prob above 0"), "cutmix": (mixes, "a --mix-prob above 0"),
-        "distill_alpha": (r.teacher, "--teacher"), "distill_temperature": (r.teacher, "--teacher"),
-        "drop_path": (not r.road, "a network without --road"),
-        "head_init_scale": (not r.road, "a network without --road"),
-        "init": (not r.road, "a network without --road")}
+        "distill_alpha": (r.teacher, "--teacher"), "distill_temperature": (r.teacher, "--teacher")}
+    for name in ("drop_path", "head_init_scale", "init", "layer_decay", "freeze_backbone"):
+        uses[name] = (not r.road, "a network without --road")
     for name, (is_used, needs) in uses.items():
         if typed.get(name) and not is_used:
             raise UserError(f"{flag(name)} needs {needs}")
@@ -2079,15 +2054,11 @@ def check(r: Recipe) -> None:
             raise UserError(f"{flag(name)} must be {what}{allowed}, not {value!r}")
     if r.depths and (not r.dims or len(r.depths) != len(r.dims)):
         raise UserError(f"--depths and --dims need equally many numbers: {r.depths}, {r.dims}")
-    for name in ("mixup", "cutmix"):
-        if 0 < getattr(r, name) < 1e-3:
-            raise UserError(f"{flag(name)} must be 0 or at least 0.001, not {getattr(r, name)}")
-    if r.val_size >= 1 and r.val_size != int(r.val_size):
-        raise UserError(f"--val-size must be a share below 1 or a whole number, not {r.val_size}")
-    for name in ("layer_decay", "freeze_backbone"):
-        if r.road and getattr(r, name) != FIELDS[name].default:
-            raise UserError(f"{flag(name)} needs a network without --road")
     demands = (  # a setting, whether it is right, and what it must be
+        ("mixup", r.mixup == 0 or r.mixup >= 1e-3, "0 or at least 0.001"),
+        ("cutmix", r.cutmix == 0 or r.cutmix >= 1e-3, "0 or at least 0.001"),
+        ("val_size", r.val_size < 1 or r.val_size == int(r.val_size),
+         "a share below 1 or a whole number"),
         ("warmup_epochs", r.warmup < r.epochs, f"below --epochs, {r.epochs}"),
         ("min_lr", r.min_lr <= r.lr, f"at most --lr, {r.lr}"),
         ("accumulate", r.accumulate <= r.batch_size, f"at most --batch-size, {r.batch_size}"),
