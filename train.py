@@ -792,7 +792,8 @@ def load_initial(model: nn.Module, source: Source, classes: list[str], recipe: R
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # `describe` prints what was kept
-                kept = convnext.load_weights(model, tensors).kept
+                weights = source.weights._replace(tensors=tensors)
+                kept = convnext.load_weights(model, weights).kept
     if recipe.freeze_backbone:
         untrained = [name for name in kept if not name.startswith("head.")]
         if untrained:
@@ -1473,6 +1474,7 @@ class Source:
     network: dict[str, Any]  # the settings that describe the network
     num_classes: int
     tensors: Mapping[str, Tensor]  # averaged, where there is an average
+    weights: convnext.Weights | None  # the same, as convnext.read_weights returns them
     expects: dict[str, Any]  # mean, std, img_size and perhaps crop_pct of its images
     classes: list[str] | None  # names, if they are known
     settings: dict[str, Any]  # of the run that made the file; {} for other programs' files
@@ -1492,6 +1494,7 @@ def open_source(name: str) -> Source:
         saved = saved_by_us(content, metadata)
         args = saved.get("args", {})
         if args.get("road"):
+            weights = None
             tensors = road_tensors(content)
             network = {key: args[key] for key in ("road", "width", "patch_size", "layer_scale")}
             num_classes = len(saved["classes"])
@@ -1508,8 +1511,8 @@ def open_source(name: str) -> Source:
     if "mean" not in expects:
         note(f"{name} does not say what images it expects: assuming 224x224 pixels and "
              "ImageNet's mean and standard deviation")
-    return Source(name, network, num_classes, tensors, IMAGENET | expects, known.get("classes"),
-                  args, saved)
+    return Source(name, network, num_classes, tensors, weights, IMAGENET | expects,
+                  known.get("classes"), args, saved)
 
 def file_in(address: str) -> str:
     """The weights in the folder of a run; any other address as it is."""
@@ -1542,8 +1545,8 @@ def road_tensors(content: Mapping) -> Mapping[str, Tensor]:
 def load_network(source: Source) -> nn.Module:
     """The source's network with its weights, in evaluation mode."""
     with one_line_errors(source.name):
-        if not source.network.get("road"):
-            return convnext.from_checkpoint(source.tensors)
+        if source.weights:
+            return convnext.from_checkpoint(source.weights)
         model = build_network(Recipe(**source.network), source.num_classes)
         model.load_state_dict(source.tensors)
         return model.eval()
@@ -2029,7 +2032,7 @@ def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
         "crop_pct": (r.img_size > SMALL, f"images above {SMALL} pixels"),
         "mixup": (mixes, "a --mix-prob above 0"), "cutmix": (mixes, "a --mix-prob above 0"),
         "distill_alpha": (r.teacher, "--teacher"), "distill_temperature": (r.teacher, "--teacher")}
-    for name in ("drop_path", "head_init_scale", "init", "layer_decay", "freeze_backbone"):
+    for name in ("drop_path", "head_init_scale", "init"):
         uses[name] = (not r.road, "a network without --road")
     for name, (is_used, needs) in uses.items():
         if typed.get(name) and not is_used:
@@ -2054,6 +2057,9 @@ def check(r: Recipe) -> None:
             raise UserError(f"{flag(name)} must be {what}{allowed}, not {value!r}")
     if r.depths and (not r.dims or len(r.depths) != len(r.dims)):
         raise UserError(f"--depths and --dims need equally many numbers: {r.depths}, {r.dims}")
+    for name in ("layer_decay", "freeze_backbone"):
+        if r.road and getattr(r, name) != FIELDS[name].default:
+            raise UserError(f"{flag(name)} needs a network without --road")
     demands = (  # a setting, whether it is right, and what it must be
         ("mixup", r.mixup == 0 or r.mixup >= 1e-3, "0 or at least 0.001"),
         ("cutmix", r.cutmix == 0 or r.cutmix >= 1e-3, "0 or at least 0.001"),
