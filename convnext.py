@@ -101,8 +101,9 @@ class DepthwiseConv(nn.Conv2d):
 
         y[c, i, j] = Σ_{u,v} W[c, u, v] · x[c, s·i + u - r, s·j + v - r] + bias[c]
 
-    with u, v = 0 ... k - 1, k = kernel_size, r = k // 2, and x = 0 outside the map. In ConvNeXt k
-    is 7 and s is 1; some blocks of part 2 have a stride of 2. Like the weighted sum in
+    with u, v = 0 ... k - 1, k = kernel_size, r = k // 2, and x = 0 outside the map. In PyTorch this
+    is a convolution with as many groups as channels, whose weight W is stored as (dim, 1, k, k). In
+    ConvNeXt k is 7 and s is 1; some blocks of part 2 have a stride of 2. Like the weighted sum in
     self-attention, this mixes positions and keeps channels apart. MobileNet has such convolutions;
     ResNeXt's mix the channels of small groups (section 2.3).
 
@@ -124,9 +125,10 @@ class LayerNorm(nn.LayerNorm):
         y = weight ⊙ (x - mean(x)) / √(var(x) + ε) + bias
 
     Mean and variance are taken over the last axis, the channels, of one position of one image.
-    (GroupNorm with one group is different: it also averages over the positions.) Replacing
-    BatchNorm by it gained only 0.06 points (section 2.6). The benefit is elsewhere: an image no
-    longer depends on the rest of its batch, and training and evaluation compute the same.
+    (GroupNorm with one group is different: it also averages over the positions.) BatchNorm takes
+    them over all positions of all images of the batch and, in evaluation, uses averages from the
+    training instead. Replacing it gained only 0.06 points (section 2.6). The benefit is elsewhere:
+    an image no longer depends on the rest of its batch, and evaluation computes what training does.
 
     ε prevents a division by zero where all channels are alike. If the variance is not much larger
     than ε, pretrained weights need the ε of their training, 1e-6. PyTorch's default is 1e-5.
@@ -165,8 +167,8 @@ class GRN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The sum needs float32: squares overflow float16, and bfloat16 rounds small terms away.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        squares = x.to(wide).square().sum((1, 2), keepdim=True)  # (b, 1, 1, dim)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        squares = x.to(precise).square().sum((1, 2), keepdim=True)  # (b, 1, 1, dim)
         norm = squares.clamp(min=1e-30).sqrt()  # keeps the derivative of √ finite at 0
         n = norm / (norm.mean(-1, keepdim=True) + 1e-6)
         scale = (self.gamma * n).to(x.dtype)
@@ -245,10 +247,10 @@ class Block(nn.Module):
         y = x + DropPath(LayerScale(InvertedBottleneck(LayerNorm(DepthwiseConv(x)))))
 
     A transformer block mixes positions by attention and then channels by an MLP, each with a norm
-    and a shortcut. Here both kinds of mixing share one norm, one activation and one shortcut.
-    Fewer did better: removing two of the block's three activations gained 0.65 points, removing two
-    of its three norms 0.14 (section 2.6). The paper does not explain it. Of the 49·dim + 8·dim²
-    multiplications per position, the 7x7 kernel takes 6 % at 96 channels and 0.8 % at 768.
+    and a shortcut. Here the two share one norm and one shortcut. ResNet's block has three norms and
+    three activations. Removing two of the activations gained 0.65 points, removing two of the norms
+    0.14 (section 2.6); the paper does not explain why. Of the 49·dim + 8·dim² multiplications per
+    position, the 7x7 kernel takes 6 % at 96 channels and 0.8 % at 768.
 
     A convolution takes (b, c, h, w), but the norm and the linear layers act on the last axis, so
     they need (b, h, w, c). The stem's norm leaves the maps in channels_last order, in float32 the
@@ -270,10 +272,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
-        x = self.dwconv(x)
+        x = self.dwconv(x)  # mixes positions, (b, dim, h, w)
         x = rearrange(x, "b c h w -> b h w c")  # what follows acts on the channels, the last axis
         x = self.norm(x)
-        x = self.mlp(x)
+        x = self.mlp(x)  # mixes channels, (b, h, w, dim)
         x = self.layer_scale(x)
         x = rearrange(x, "b h w c -> b c h w")
         return shortcut + self.drop_path(x)
@@ -284,7 +286,8 @@ class Downsample(nn.Sequential):
     ResNet does this inside the first block of a stage. ConvNeXt, like Swin, has a separate layer, a
     2x2 convolution of stride 2. With separate layers alone, training diverged. It became stable
     with a LayerNorm before each of them, one after the stem and one after the final average
-    (section 2.6). Swin's layer, too, has the norm before the linear map.
+    (section 2.6). Swin's layer, too, has the norm before the linear map. (In the stem the norm
+    comes second, since its convolution takes the image.)
     """
 
     def __init__(self, dim_in: int, dim: int) -> None:
@@ -320,6 +323,10 @@ class ConvNeXt(nn.Module):
     1x1 positions with patch_size 4, of 2x2 with patch_size 2, and of 4x4 with patch_size 1. Half
     the patch size means four times as many positions, and so four times the work.
 
+    All layers start from weights of the same standard deviation, 0.02, so a linear layer with n
+    inputs makes them 0.02·√n times as large: 0.55 for n = 768, but 0.13 for n = 40. Narrow networks
+    learn faster with train.py's fan_in_init and without LayerScale.
+
     head_init_scale: a factor on the classifier's initial weights, 0.001 in fine-tuning (table 6).
     Random classifier weights send a meaningless gradient into pretrained layers. Small ones let the
     classifier learn first.
@@ -343,7 +350,7 @@ class ConvNeXt(nn.Module):
             raise ValueError(f"drop_path must be at least 0 and below 1, not {drop_path}")
         self.dims = tuple(dims)
         stem = nn.Sequential(Patchify(in_channels, dims[0], patch_size), LayerNorm2d(dims[0]))
-        # This is the authors' name; the first of these layers is the stem.
+        # The authors' name. The layer with index i stands before stage i, so the first is the stem.
         self.downsample_layers = nn.ModuleList([stem])
         for dim_in, dim in pairwise(dims):
             self.downsample_layers.append(Downsample(dim_in, dim))
@@ -521,13 +528,26 @@ def all_designs() -> dict[str, Design]:
 
 DESIGNS = all_designs()
 
-# A bias before BatchNorm has no effect, and so dense layers before one have none, as in ResNet.
-# DepthwiseConv always has one, as in ConvNeXt.
 def pointwise(c_in: int, c_out: int, norm: type[nn.Module] | None, stride: int = 1
               ) -> list[nn.Module]:
-    """Return a 1x1 convolution and its norm, if it has one."""
+    """Return a 1x1 convolution, which mixes channels, and its norm, if it has one.
+
+    A bias before BatchNorm has no effect, so a dense layer before one has none, as in ResNet.
+    """
     layer = nn.Conv2d(c_in, c_out, 1, stride, bias=norm is not nn.BatchNorm2d)
     return [layer, norm(c_out)] if norm else [layer]
+
+def spatial(design: Design, dim: int, stride: int, shift: bool) -> list[nn.Module]:
+    """Return the layer of a block that mixes positions, and its norm."""
+    layer: nn.Module
+    k = design.kernel_size
+    if design.attention:
+        layer = WindowAttention(dim, shift)
+    elif design.depthwise:
+        layer = DepthwiseConv(dim, k, stride)  # with a bias, as in ConvNeXt
+    else:
+        layer = nn.Conv2d(dim, dim, k, stride, k // 2, bias=False)
+    return [layer, design.norm(dim)]
 
 class RoadmapBlock(nn.Module):
     """A block between ResNet's and ConvNeXt's. (b, dim_in, h, w) -> (b, dim, ⌈h / s⌉, ⌈w / s⌉)
@@ -544,22 +564,12 @@ class RoadmapBlock(nn.Module):
         middle = 4 * width if design.inverted else width
         extra_norm = None if design.one_norm else design.norm  # the step "one norm" removes these
         extra_act = nn.Identity if design.one_act else design.act  # "one activation" removes these
-
-        def mix(dim: int) -> list[nn.Module]:  # what mixes positions; this norm always stays
-            layer: nn.Module
-            k = design.kernel_size
-            if design.attention:
-                layer = WindowAttention(dim, shift)
-            elif design.depthwise:
-                layer = DepthwiseConv(dim, k, stride)
-            else:
-                layer = nn.Conv2d(dim, dim, k, stride, k // 2, bias=False)
-            return [layer, design.norm(dim)]
-
-        if design.depthwise_first:  # k×k - wide - narrow
-            layers = [*mix(dim_in), extra_act(), *pointwise(dim_in, middle, extra_norm)]
+        if design.depthwise_first:  # k×k - 1x1 - 1x1
+            layers = spatial(design, dim_in, stride, shift)
+            layers += [extra_act(), *pointwise(dim_in, middle, extra_norm)]
         else:  # 1x1 - k×k - 1x1
-            layers = [*pointwise(dim_in, middle, extra_norm), extra_act(), *mix(middle)]
+            layers = pointwise(dim_in, middle, extra_norm)
+            layers += [extra_act(), *spatial(design, middle, stride, shift)]
         layers += [design.act(), *pointwise(middle, self.dim, extra_norm)]
         self.branch = nn.Sequential(*layers)
         self.shortcut = nn.Identity()
@@ -579,14 +589,17 @@ class RoadmapBlock(nn.Module):
 class WindowAttention(nn.Module):
     """Self-attention within windows of 7x7 positions, like Swin's. (b, dim, h, w) -> same shape
 
-        y = W · softmax(q · kᵀ / √d + B) · v,   q, k, v = linear(x),   d = dim / heads
+        y = linear([head₁, head₂, ...]),   head = softmax(q · kᵀ / √d + B) · v,   d = dim / heads
 
-    There are dim // 16 heads. Swin has one per 32 channels; with 16, even narrow networks have
-    several. B is learned, for each head and relative position. Positions off the map are masked.
+    with q, k, v = another linear map of x, cut into heads of d channels. There are dim // 16 heads.
+    Swin has one per 32 channels; with 16, even narrow networks have several. B is learned, for each
+    head and relative position. Positions off the map are masked. As in Swin, the biases of the
+    linear layers start at 0.
+
     shift: the first window begins 4 positions before the map, so the others begin at 3, 10, ...
     instead of 7, 14, ... In Swin every other block is shifted, so that windows exchange
-    information. An axis with a single window is not shifted. As in Swin, the biases of the linear
-    layers start at 0. Raises ValueError if dim is not a multiple of the number of heads.
+    information. An axis with a single window is not shifted. Raises ValueError if dim is not a
+    multiple of the number of heads.
     """
 
     def __init__(self, dim: int, shift: bool, window: int = 7) -> None:
@@ -1259,6 +1272,7 @@ def speed_up(model: nn.Module) -> nn.Module:
 
     The 7x7 kernel takes 21 % of a block's training time at 96 channels, 7 % at 768, and with this
     13 % and 2 % (maps of 56x56 and 7x7 positions, batch 8, float32, one thread of a CPU with AVX2).
+    CPUs without AVX2 or AVX512, such as Apple's, stay as fast as they were.
 
     Each DepthwiseConv of stride 1 becomes a FastDepthwiseConv. Only its class is exchanged, so
     parameters, names and hooks stay, and it computes the same up to rounding. PyTorch's own
