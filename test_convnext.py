@@ -2158,7 +2158,7 @@ def test_finetune_recipe_is_the_papers_at_a_quarter_of_its_batch(pretrained):
 def test_finetune_recipe_by_size(variant, drop_path, ema_horizon):
     table = train.finetune(train.Recipe(variant=variant, batch_size=512))
     assert (table["drop_path"], table["ema_horizon"]) == (drop_path, ema_horizon)
-    assert (table["lr"], table["min_lr"]) == (5e-5, 1e-6)
+    assert table["lr"] == 5e-5
 
 def fine_tune(line):
     usual = "--dataset folder --epochs 2 --lr 0.01 -b 4 -j 0 --device cpu --amp off"
@@ -2346,12 +2346,12 @@ def test_only_training_crops_large_images_at_random(small):
 @pytest.mark.parametrize("scale", [0.08, 0.7])
 def test_a_random_crop_has_an_area_from_crop_scale_to_1(small, scale):
     make_folder("data")
-    square = train.prepare_data(recipe_of(f"{LARGE} --crop-scale {scale}")).train.square
+    square = train.prepare_data(recipe_of(f"{LARGE} --crop-scale {scale}")).train.to_square
     assert isinstance(square, T.RandomResizedCrop) and tuple(square.size) == (72, 72)
     crops = [square.make_params([torch.zeros(3, 1000, 1000)]) for _ in range(300)]
     areas = [crop["height"] * crop["width"] / 1e6 for crop in crops]
     assert 0.9 * scale < min(areas) < scale + 0.1 and max(areas) > 0.9
-    whole = train.prepare_data(recipe_of(f"{LARGE} --crop-scale 1")).train.square
+    whole = train.prepare_data(recipe_of(f"{LARGE} --crop-scale 1")).train.to_square
     assert not isinstance(whole, T.RandomResizedCrop)
 
 @pytest.mark.parametrize(("folders", "tested", "said"), [
@@ -2977,8 +2977,8 @@ def test_large_numbers_are_printed_without_exponents(number, text):
      {"dataset": "synthetic", "depths": (1, 1), "epochs": 100}),
     ("--resume first/last.pt",  # takes all
      {"lr": 0.002, "layer_scale": 0.1, "output": "first", "epochs": 1}),
-    ("--resume first/last.pt --lr 0.002 -j 3 --data-dir ~/x",
-     {"lr": 0.002, "workers": 3, "data_dir": os.path.expanduser("~/x")}),
+    ("--resume first/last.pt --lr 0.002 -j 3 --data-dir ~/x --amp bf16",
+     {"lr": 0.002, "workers": 3, "data_dir": os.path.expanduser("~/x"), "amp": "bf16"}),
     ("--drop_path=0.3 --batch_size 7 --model atto --wd 0.2 -j 1",
      {"drop_path": 0.3, "batch_size": 7, "variant": "atto", "weight_decay": 0.2}),
     ("--distill-alpha 0 --mix-prob 0 --mixup 0 --width 0", {"mixup": 0})])
@@ -2986,6 +2986,12 @@ def test_settings_by_precedence(request, line, expected):
     """What is typed, the weights, the recipe, the defaults."""
     request.getfixturevalue("pretrained" if "first" in line else "small")
     assert_settings(line, expected)
+
+def test_the_folder_of_weights_belongs_to_their_data_set(small):
+    weights = shlex.quote(str(HERE / "assets" / "cifar10-atto.safetensors"))
+    assert_settings(f"--eval-only {weights}", {
+        "dataset": "folder", "data_dir": "data/cifar10-jpeg"})
+    assert_settings(f"--eval-only {weights} --dataset cifar10", {"data_dir": "data"})
 
 @pytest.mark.parametrize(("line", "img_size", "crop_pct"), [
     ("", 224, 0.95), ("--img-size 224", 224, 0.95), ("--img-size 320", 320, None),
@@ -3061,6 +3067,8 @@ def test_wrong_values_are_refused_with_the_range(capsys, line, message):
      "would leave untrained: downsample_layers.0.0.weight"),
     ("--recipe finetune", "need weights: --init-from"),
     ("--init-from first/last.pt --recipe finetune --optimizer muon", "give --muon-lr"),
+    ("--init-from first/last.pt --recipe finetune --warmup-epochs 2", "needs --epochs, too"),
+    ("--init-from first/last.pt --recipe finetune --min-lr 0", "needs --lr, too"),
     ("--init-from first/last.pt --freeze-backbone --optimizer muon", "muon has nothing to train"),
     ("--variant atto --road GELU", "only one of --variant, --depths and --road"),
     ("--depths 1 1", "--depths and --dims belong together"),
@@ -3321,10 +3329,22 @@ def test_what_is_no_number_is_not_saved_by_a_signal_either(small, monkeypatch):
     assert outcome(f"{QUICK} --output run").startswith("UserError: by step 1, at lr ")
     assert not Path("run/last.pt").exists()
 
-def test_within_50_steps_of_a_long_epoch(small, monkeypatch):
-    monkeypatch.setattr(train, "train_step", lambda *_: torch.tensor(math.nan))
+def test_within_a_minute_of_a_long_epoch(small, monkeypatch):
+    clock = [0]
+
+    def slow_step(*_):
+        clock[0] += 25  # seconds
+        return torch.tensor(math.nan)
+
+    monkeypatch.setattr(train, "train_step", slow_step)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
     ended = outcome(f"{QUICK} -b 1 --output run")
-    assert ended.startswith("UserError: by step 50, at lr ")
+    assert ended.startswith("UserError: by step 3, at lr ")
+
+def test_a_killed_reader_ends_an_evaluation_in_one_line(pretrained, monkeypatch):
+    error = RuntimeError("DataLoader worker (pid 7) is killed")
+    monkeypatch.setattr(train, "evaluate", Mock(side_effect=error))
+    assert outcome(f"--eval-only {pretrained}").endswith("try fewer --workers")
 
 @pytest.mark.parametrize(("error", "remedy"), [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),

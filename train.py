@@ -15,7 +15,8 @@ assets/results.md lists the differences, and the measurements behind them.
 After the settings (1), this file is in the order of a run, from `main` on, and a function stands
 above those that it calls: the run (2), one step (3), evaluation (4), optimizers (5), network (6),
 augmentation (7) and data (8). What deals with files and with the command line stands last:
-checkpoints (9), prediction (10) and the command line (11). You can skip these at first.
+checkpoints (9), prediction (10) and the command line (11), with the checks of the settings and with
+UserError, for mistakes that the user can mend. You can skip these at first.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 WORKERS = min(8, usable_cpus())
+SMALL = 64  # images of up to so many pixels are read once and kept in memory
 
 @dataclass(frozen=True)
 class Recipe:
@@ -175,7 +177,7 @@ class Recipe:
     tta: bool = setting(False, "also report the mean over each image and its mirror image")
 
     def __post_init__(self) -> None:
-        check(self)
+        check_values(self)
         for name, kind in TYPES.items():
             if kind is float and getattr(self, name) is not None:  # 1 -> 1.0
                 object.__setattr__(self, name, float(getattr(self, name)))
@@ -219,7 +221,7 @@ def finetune(network: Recipe) -> dict[str, Any]:
     scale = network.batch_size / 512  # the paper's batch size
     drop_path = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.4}  # huge: ours
     return {
-        "epochs": 30, "lr": 5e-5 * scale, "min_lr": 5e-5 * scale / 50, "warmup_epochs": 0.0,
+        "epochs": 30, "lr": 5e-5 * scale, "warmup_epochs": 0.0,  # its min_lr is a 50th of the lr
         "weight_decay": 1e-8, "rand_augment": 9.0, "mixup": 0.0, "cutmix": 0.0,
         "random_erase": 0.25, "label_smoothing": 0.1, "clip_grad": 0.0,
         # Networks of the road know neither of these two.
@@ -232,20 +234,25 @@ def finetune(network: Recipe) -> dict[str, Any]:
 
 # --- 2. The run ---------------------------------------------------------------------------------
 def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
-    """Do what the command line says, and return the exit code.
-    splits: training and test images to use in place of --dataset. Raises UserError."""
+    """Do what the command line says, and return the exit code. Raises UserError.
+
+    splits: training and test images to use in place of --dataset. In a script on Windows or macOS,
+    call this below `if __name__ == "__main__":`, or with "--workers", "0": there each process that
+    reads images runs the script once more.
+    """
     typed = parse(argv)
     tune_backends()
-    with contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as stack:
         if "resume" in typed:  # nobody else may write to the run while it is read
             if Path(typed["resume"]).is_dir():
                 typed["resume"] = str(Path(typed["resume"], "last.pt"))
             if not Path(typed["resume"]).exists():
                 raise UserError(f"{typed['resume']}: no such file")
-            locks.enter_context(lock(Path(typed["resume"]).parent))
+            stack.enter_context(lock(Path(typed["resume"]).parent))
         address = typed.get("resume") or typed.get("eval_only") or typed.get("init_from")
         source = open_source(address) if address else None
         recipe = combine(typed, source)
+        stack.enter_context(explained_errors(recipe))
         if recipe.predict:
             print_predictions(source, recipe)
             return 0
@@ -254,7 +261,7 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
             return 0
         if not recipe.resume:
             recipe = replace(recipe, output=new_folder(recipe))
-            locks.enter_context(lock(Path(recipe.output)))
+            stack.enter_context(lock(Path(recipe.output)))
             if Path(recipe.output, "last.pt").exists():
                 raise UserError(f"{recipe.output} holds a run: give --resume "
                                 f"{recipe.output}/last.pt, or another --output")
@@ -263,11 +270,11 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
         check_early(recipe)
         data = prepare_data(recipe, source, splits)
         recipe = fit_to_data(recipe, len(data.train), typed)
-        with explained_errors(recipe):
-            run = prepare_run(recipe, data, source)
-            del source  # a resumed run would hold the weights twice
-            describe(run)
-            train(run)
+        run = prepare_run(recipe, data, source)
+        del source  # a resumed run would hold the weights twice
+        describe(run)
+        train(run)
+        # A signal that comes while the finished run is saved has nothing to stop.
         if run.stopped_by and (run.step < run.total or run.to_measure):
             last = run.folder / "last.pt"
             say(f"stopped; to go on: python train.py --resume {shlex.quote(str(last))}", sys.stderr)
@@ -369,13 +376,10 @@ def describe(run: Run) -> None:
         f"steps   {r.epochs} epochs x {run.epoch_steps} of {min(r.batch_size, len(data.train))} "
         f"images, {names}, {rates}, weight decay {r.weight_decay:g}, seed {r.seed}\n"
         f"run     {run.folder}")
-    if r.recipe != "scratch":
+    if r.recipe != "scratch" and not r.resume:
         chosen = [as_typed(name, value) for name, value in asdict(r).items()
                   if name != "recipe" and value != FIELDS[name].default and value is not None]
         say(f"recipe  {r.recipe}: {' '.join(chosen)}")
-
-# After so many steps or seconds the loss is looked at, which makes the CPU wait for a GPU.
-CHECK_STEPS, CHECK_SECONDS = 50, 30
 
 def train(run: Run) -> None:
     """Train from where the run stands to its last step, or to a signal."""
@@ -383,11 +387,12 @@ def train(run: Run) -> None:
     progress = tqdm(total=run.total, initial=run.step, unit="step", disable=None)
     with catch_signals(run), progress:
         if run.to_measure:  # the run was stopped between an epoch and its evaluation
-            finish_epoch(run)
+            measure_epoch(run)
         if run.step == run.total or run.stopped_by:
-            save(run)
+            save(run)  # writes weights.safetensors if the finished run lacks it
             return
-        ended = checked = printed = time.perf_counter()
+        interval = 60 if progress.disable else 5  # seconds; looking at the loss makes a GPU wait
+        ended = checked = time.perf_counter()
         for x, targets in training_batches(run):
             if run.step % run.epoch_steps == 0:
                 zero = torch.zeros((), device=run.device)
@@ -409,24 +414,23 @@ def train(run: Run) -> None:
 
             epoch_is_over = run.step % run.epoch_steps == 0
             now = time.perf_counter()
-            if epoch_is_over or run.step % CHECK_STEPS == 0 or now - checked > CHECK_SECONDS:
+            if epoch_is_over or now - checked > interval:
                 loss = check_finite(run)
                 progress.set_postfix(epoch=len(run.history) + 1, loss=f"{loss:.3f}")
-                if progress.disable and now - printed > 60 and not epoch_is_over:
+                if progress.disable and not epoch_is_over:
                     say(f"epoch {len(run.history) + 1}: step {run.step} of {run.total}, mean loss "
                         f"{loss:.3f}")
-                    printed = now
                 checked = now = time.perf_counter()
             run.sums["seconds"] += now - ended
             if epoch_is_over:
-                end_epoch(run)
+                record_epoch(run)
             if run.stopped_by:
                 break
             ended = time.perf_counter()
         if run.step % run.epoch_steps:  # at the end of an epoch it is saved already
             save(run)
 
-def end_epoch(run: Run) -> None:
+def record_epoch(run: Run) -> None:
     """Save the epoch, then measure: whatever happens in an evaluation, the epoch is not lost."""
     sums = run.sums
     images = run.epoch_steps * min(run.recipe.batch_size, len(run.data.train))
@@ -438,9 +442,9 @@ def end_epoch(run: Run) -> None:
     epoch = len(run.history)
     run.to_measure = epoch % run.recipe.eval_every == 0 or epoch == run.recipe.epochs
     save(run)
-    finish_epoch(run)
+    measure_epoch(run)
 
-def finish_epoch(run: Run) -> None:
+def measure_epoch(run: Run) -> None:
     """Evaluate the last epoch if that is due, and print and log its row."""
     row = run.history[-1]
     if run.to_measure:
@@ -719,7 +723,8 @@ def average_of(model: nn.Module, horizon: float) -> swa_utils.AveragedModel:
     horizon: in steps, a share of the run. The usual decay of 0.9999 looks back 10,000 steps, which
     is too far in a run of 20,000."""
     decay = 1 - 1 / max(1, horizon)
-    # BatchNorm's statistics belong to the averaged weights; other buffers are constants.
+    # BatchNorm's statistics belong to the weights. Other buffers are constant, so without BatchNorm
+    # none is averaged: an average of integers would be rounded.
     has_statistics = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     return swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay),
                                    use_buffers=has_statistics)
@@ -762,8 +767,8 @@ def fan_in_init(model: convnext.ConvNeXt) -> None:
     With inputs of variance 1, the outputs of a linear layer have the standard deviation of its
     weights times sqrt(fan_in). The paper's 0.02 makes that 0.55 at 768 channels, but 0.13 at 40:
     there the two linear layers of a branch, with the GELU between them, shrink its input to 0.016,
-    and it has to grow before it can learn. Here each layer keeps the scale, at any width. The last
-    layer's weights are divided by sqrt(2 · blocks), so that the sum of all branches stays near 1.
+    and it has to grow before it can learn. Here each layer keeps the scale, at any width. Those of
+    a branch's last layer are divided by sqrt(2 · blocks): the sum of all branches stays near 1.
     Cutting the normal distribution at two standard deviations leaves 0.88 of these values.
     """
     blocks = sum(len(stage) for stage in model.stages)
@@ -779,7 +784,7 @@ def load_initial(model: nn.Module, source: Source, classes: list[str], recipe: R
     """Load the weights of --init-from, but no classifier for other classes. Says what was done."""
     same_classes = source.num_classes == len(classes) and source.classes in (None, classes)
     if same_classes:
-        check_classes(source, classes)
+        check_classes(source, classes)  # says which are assumed if the source does not name them
     tensors = {name: tensor for name, tensor in source.tensors.items()
                if same_classes or ".fc." not in name}
     with one_line_errors(source.name):
@@ -792,8 +797,7 @@ def load_initial(model: nn.Module, source: Source, classes: list[str], recipe: R
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # `describe` prints what was kept
-                weights = source.weights._replace(tensors=tensors)
-                kept = convnext.load_weights(model, weights).kept
+                kept = convnext.load_weights(model, convnext.Weights(tensors, {})).kept
     if recipe.freeze_backbone:
         untrained = [name for name in kept if not name.startswith("head.")]
         if untrained:
@@ -983,8 +987,8 @@ def random_erase(x: Tensor, chance: float) -> Tensor:
     rows = (torch.arange(h) >= top) & (torch.arange(h) < top + height)  # (b, h)
     columns = (torch.arange(w) >= left) & (torch.arange(w) < left + width)  # (b, w)
     erased = (torch.rand(b, 1) < chance) & fits.any(1, keepdim=True)
-    rows &= erased
     inside = rearrange(rows, "b h -> b 1 h 1") & rearrange(columns, "b w -> b 1 1 w")
+    inside &= rearrange(erased, "b 1 -> b 1 1 1")
     return torch.where(inside, torch.randn(x.shape), x)
 
 def mix(x: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float,
@@ -1000,8 +1004,6 @@ def mix(x: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float,
 
 
 # --- 8. Data ------------------------------------------------------------------------------------
-SMALL = 64  # images of up to this size are read once and kept in memory
-
 class Data(NamedTuple):
     train: Images
     val: Images | None  # held out of the training images and not augmented; best.pt is best on them
@@ -1025,15 +1027,15 @@ def prepare_data(recipe: Recipe, source: Source | None = None,
         names = shorten([train.classes[i] for i in sorted(empty)])
         raise UserError(f"there are no training images of {names} that can be read")
     train, val = hold_out(every, recipe.val_size)
-    if train.square and recipe.crop_scale < 1:
-        train = replace(train, square=T.RandomResizedCrop(
+    if not train.in_memory and recipe.crop_scale < 1:
+        train = replace(train, to_square=T.RandomResizedCrop(
             recipe.img_size, (recipe.crop_scale, 1), interpolation=T.InterpolationMode.BICUBIC))
     if source:
         mean, std = source.statistics
     else:
         mean, std = channel_statistics(every, recipe.workers)
     # A large test image may turn out to be damaged late, and be left out when the run is resumed.
-    test_print = fingerprint(unread_test if test.square else test, recipe)
+    test_print = fingerprint(test if test.in_memory else unread_test, recipe)
     return Data(train, val, test, every.classes, mean, std, fingerprint(every, recipe), test_print)
 
 @dataclass
@@ -1041,13 +1043,13 @@ class Images(Dataset):
     """Images and their classes. A list of numbers selects a batch.
 
     images: bytes (n, 3, h, w); or a list of paths or of arrays (h, w, 3) of bytes, which are read
-    when they are needed. labels: (n,), numbers of classes. square: makes a square picture of one of
-    any size; None for bytes.
+    when they are needed. labels: (n,), numbers of classes. to_square: makes a square picture of one
+    of any size; None for bytes.
     """
     images: Tensor | Sequence[str | np.ndarray]
     labels: Tensor | Sequence[int]
     classes: list[str]
-    square: Callable[[Image.Image], Image.Image] | None = None
+    to_square: Callable[[Image.Image], Image.Image] | None = None
 
     def __post_init__(self) -> None:
         self.labels = torch.as_tensor(self.labels).long()
@@ -1065,13 +1067,17 @@ class Images(Dataset):
             raise UserError(f"labels must be numbers from 0 to {len(self.classes) - 1}, of a class "
                             "each")
 
+    @property
+    def in_memory(self) -> bool:
+        return self.to_square is None
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, numbers: list[int]) -> tuple[Tensor, Tensor] | UserError:
         """Bytes (b, 3, h, w) and labels (b,). An error is returned, and raised by the main process:
         another process could raise only a text that contains its traceback."""
-        if self.square is None:
+        if self.in_memory:
             return self.images[numbers], self.labels[numbers]
         try:
             return torch.stack([self.read(number) for number in numbers]), self.labels[numbers]
@@ -1081,12 +1087,13 @@ class Images(Dataset):
     def read(self, number: int) -> Tensor:
         item = self.images[number]
         try:
-            return TF.pil_to_tensor(self.square(as_shown(item)))
+            return TF.pil_to_tensor(self.to_square(as_shown(item)))
         except Exception as error:  # Pillow raises anything for a damaged file
             name = item if isinstance(item, str) else f"number {number}"
             reason = re.sub(r" <.*>", "", first_line(error))  # the address of a buffer in memory
             raise UserError(f"cannot read the image {name} ({reason}); --skip-bad leaves such "
-                            "images out. (With --resume, test images alone)") from error
+                            "images out, but not training images of a run that is resumed"
+                            ) from error
 
     def subset(self, numbers: Sequence[int]) -> Images:
         if isinstance(self.images, Tensor):
@@ -1272,14 +1279,14 @@ def prepare_images(images: Images, recipe: Recipe) -> Images:
             raise UserError(f"the images have {height}x{width} pixels: make squares of them, and "
                             "give their side as --img-size")
         return images
-    images = replace(images, square=evaluation_square(size, recipe.crop_pct))
+    images = replace(images, to_square=evaluation_square(size, recipe.crop_pct))
     if recipe.skip_bad:
         images = without_bad(images)
     if size > SMALL:
         return images
     batches = tqdm(evaluation_batches(images, recipe.workers), "reading images", disable=None,
                    leave=False)
-    return replace(images, images=torch.cat([x for x, _ in batches]), square=None)
+    return replace(images, images=torch.cat([x for x, _ in batches]), to_square=None)
 
 def evaluation_square(size: int, crop_pct: float | None) -> T.Transform:
     """Make a square from a picture of any size, as the authors do for evaluation: the middle 224
@@ -1366,7 +1373,7 @@ def hold_out(images: Images, val_size: float) -> tuple[Images, Images | None]:
 
 def channel_statistics(images: Images, workers: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (3,) of pixels from 0 to 1; above 64x64, of some 2,000 images."""
-    if images.square:
+    if not images.in_memory:
         images = images.subset(range(0, len(images), max(1, len(images) // 2000)))
     sums = torch.zeros(2, 3, dtype=torch.double)
     for batch, _ in evaluation_batches(images, workers):
@@ -1402,27 +1409,20 @@ def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
 
 def evaluation_batches(images: Images, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all images in order: bytes (b, 3, h, w) and labels (b,)."""
-    in_memory = images.square is None
-    size = 250 if in_memory else 64
+    size = 250 if images.in_memory else 64  # large images take more memory
     numbers = range(len(images))
     order = (list(numbers[start : start + size]) for start in range(0, len(images), size))
-    return read_in_processes(images, order, 0 if in_memory else workers)
+    return read_in_processes(images, order, 0 if images.in_memory else workers)
 
 def read_in_processes(reader: Dataset, order: Iterable, workers: int,
                       pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield reader[item] for the items in order, computed by other processes ahead of time."""
-    loader = DataLoader(reader, batch_size=None, sampler=order, num_workers=workers,
-                        worker_init_fn=prepare_process, pin_memory=pin_memory)
-    try:
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    except (RuntimeError, ConnectionError) as error:
-        killed = "DataLoader worker (pid" in str(error) or isinstance(error, ConnectionError)
-        if killed or "shared memory" in str(error):
-            raise UserError(f"{first_line(error)}; try fewer --workers") from error
-        raise
+    """Yield reader[item] for the items in order, computed by other processes ahead of time.
+    An item stands for a whole batch, so DataLoader's own way to make batches is turned off."""
+    for batch in DataLoader(reader, batch_size=None, sampler=order, num_workers=workers,
+                            worker_init_fn=prepare_process, pin_memory=pin_memory):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 def training_order(count: int, batch_size: int, seed: int, first: int,
                    total: int) -> Iterator[tuple[int, list[int]]]:
@@ -1474,7 +1474,6 @@ class Source:
     network: dict[str, Any]  # the settings that describe the network
     num_classes: int
     tensors: Mapping[str, Tensor]  # averaged, where there is an average
-    weights: convnext.Weights | None  # the same, as convnext.read_weights returns them
     expects: dict[str, Any]  # mean, std, img_size and perhaps crop_pct of its images
     classes: list[str] | None  # names, if they are known
     settings: dict[str, Any]  # of the run that made the file; {} for other programs' files
@@ -1494,7 +1493,6 @@ def open_source(name: str) -> Source:
         saved = saved_by_us(content, metadata)
         args = saved.get("args", {})
         if args.get("road"):
-            weights = None
             tensors = road_tensors(content)
             network = {key: args[key] for key in ("road", "width", "patch_size", "layer_scale")}
             num_classes = len(saved["classes"])
@@ -1511,7 +1509,7 @@ def open_source(name: str) -> Source:
     if "mean" not in expects:
         note(f"{name} does not say what images it expects: assuming 224x224 pixels and "
              "ImageNet's mean and standard deviation")
-    return Source(name, network, num_classes, tensors, weights, IMAGENET | expects,
+    return Source(name, network, num_classes, tensors, IMAGENET | expects,
                   known.get("classes"), args, saved)
 
 def file_in(address: str) -> str:
@@ -1545,8 +1543,8 @@ def road_tensors(content: Mapping) -> Mapping[str, Tensor]:
 def load_network(source: Source) -> nn.Module:
     """The source's network with its weights, in evaluation mode."""
     with one_line_errors(source.name):
-        if source.weights:
-            return convnext.from_checkpoint(source.weights)
+        if not source.network.get("road"):
+            return convnext.from_checkpoint(convnext.Weights(source.tensors, {}))
         model = build_network(Recipe(**source.network), source.num_classes)
         model.load_state_dict(source.tensors)
         return model.eval()
@@ -1629,9 +1627,11 @@ def load_state(run: Run, state: Mapping[str, Any]) -> None:
 
 def save_best(run: Run) -> None:
     """Write best.pt if the last epoch is better on the held-out images than all before."""
+    if not run.data.val:
+        return
     column = "val_ema_top1" if run.ema else "val_top1"
-    scores = [row[column] for row in run.history if column in row]
-    if scores and scores[-1] > max(scores[:-1], default=-1.0):
+    *earlier, last = (row[column] for row in run.history if column in row)
+    if last > max(earlier, default=-1.0):
         write_file(run.folder / "best.pt", lambda path: torch.save(state_of(run), path))
 
 def save_weights(run: Run) -> None:
@@ -1857,7 +1857,7 @@ NUMBERS = tuple[int, ...]
 PATHS = {"resume", "eval_only", "init_from", "teacher", "predict", "output", "data_dir"}
 # The settings that may change when a run is resumed, and those that --eval-only takes.
 ANY_TIME = {"resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta", "teacher",
-            "skip_bad"}
+            "skip_bad", "amp"}
 EVALUATION = {"eval_only", "predict", "output", "dataset", "data_dir", "img_size", "crop_pct",
               "skip_bad", "workers", "device", "amp", "tta"}
 
@@ -1935,7 +1935,10 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
         if typed.get("img_size", weights["img_size"]) == weights["img_size"]:
             weights["crop_pct"] = source.expects.get("crop_pct")  # it belongs to this size
     if "eval_only" in typed:
-        kept = ("dataset", "data_dir", "skip_bad", "amp")
+        kept = {"skip_bad", "amp"}
+        trained_on = source.settings.get("dataset")
+        if typed.get("dataset", trained_on) == trained_on:
+            kept |= {"dataset", "data_dir"}  # the folder belongs to this data set
         named = {key: value for key, value in source.settings.items() if key in kept}
     elif typed.get("recipe") == "fast":
         named = dict(fast(network_settings(merge(FAST, typed))))
@@ -2014,7 +2017,12 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
         (typed.get("freeze_backbone") and typed.get("optimizer") == "muon",
          "--optimizer muon has nothing to train with --freeze-backbone"),
         (finetunes and typed.get("optimizer") == "muon" and "muon_lr" not in names,
-         "--recipe finetune has no learning rate for Muon: give --muon-lr, too"))
+         "--recipe finetune has no learning rate for Muon: give --muon-lr, too"),
+        # The two that are missing here depend on the number of images.
+        (finetunes and "warmup_epochs" in names and "epochs" not in names,
+         "--recipe finetune with --warmup-epochs needs --epochs, too"),
+        (finetunes and "min_lr" in names and "lr" not in names,
+         "--recipe finetune with --min-lr needs --lr, too"))
     for is_wrong, text in rules:
         if is_wrong:
             raise UserError(text)
@@ -2038,7 +2046,7 @@ def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
         if typed.get(name) and not is_used:
             raise UserError(f"{flag(name)} needs {needs}")
 
-def check(r: Recipe) -> None:
+def check_values(r: Recipe) -> None:
     """Raise UserError for a value that is not allowed, wherever it comes from."""
     for name, about in FIELDS.items():
         value, allowed = getattr(r, name), about.metadata["allowed"]
@@ -2113,13 +2121,15 @@ def explained_errors(recipe: Recipe) -> Iterator[None]:
     """Turn PyTorch's errors with a known remedy into one line."""
     try:
         yield
-    except (RuntimeError, ValueError, MemoryError) as error:
+    except (RuntimeError, ValueError, MemoryError, ConnectionError) as error:
         text = str(error)
-        if "DataLoader worker (pid" in text:  # raised wherever the main process is at the time
+        # If a process that reads images is killed, this is raised wherever the main process is.
+        is_of_workers = "DataLoader worker (pid" in text or "shared memory" in text
+        if is_of_workers or isinstance(error, ConnectionError):
             remedy = "try fewer --workers"
         elif "more than 1 value per channel" in text:
             remedy = "BatchNorm needs more: give a larger --batch-size, or a smaller --accumulate"
-        elif "allocate" in text or "out of memory" in text:
+        elif recipe.eval_only is None and ("allocate" in text or "out of memory" in text):
             remedy = "give a smaller --batch-size, or a larger --accumulate"
         elif recipe.compile and type(error).__module__.startswith("torch._"):
             remedy = "leave out --compile"
