@@ -2018,7 +2018,7 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
          "--optimizer muon has nothing to train with --freeze-backbone"),
         (finetunes and typed.get("optimizer") == "muon" and "muon_lr" not in names,
          "--recipe finetune has no learning rate for Muon: give --muon-lr, too"),
-        # The two that are missing here depend on the number of images.
+        # fit_to_data chooses epochs and lr by the number of images.
         (finetunes and "warmup_epochs" in names and "epochs" not in names,
          "--recipe finetune with --warmup-epochs needs --epochs, too"),
         (finetunes and "min_lr" in names and "lr" not in names,
