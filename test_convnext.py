@@ -1107,7 +1107,7 @@ def test_muon_is_pytorchs(shape):
 @pytest.mark.parametrize("shape", [(40, 10), (10, 40), (30, 30)], ids=str)
 @pytest.mark.parametrize("scale", [1e-4, 1e3])
 def test_orthogonalize_changes_the_singular_values_alone(shape, scale):
-    """By five steps of Muon's polynomial."""
+    """By five steps of Muon's polynomial, and from 0.1 ... 1 to near 1."""
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     values = torch.linspace(0.1, 1, min(shape))
     y = u.T @ train.orthogonalize(scale * (u * values) @ v) @ v.T
@@ -1115,6 +1115,7 @@ def test_orthogonalize_changes_the_singular_values_alone(shape, scale):
     for _ in range(5):
         values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
     assert_close(y, values.diag(), atol=1e-4, rtol=0)
+    assert 0.65 < values.min() and values.max() < 1.25
 
 def test_the_average_of_weights_is_a_running_mean():
     """Of BatchNorm's statistics, too."""
