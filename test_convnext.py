@@ -694,6 +694,27 @@ def test_fan_in_initialisation():
         assert deviations.pop(name) == pytest.approx([expected] * count, rel=0.06), name
     assert not deviations
 
+def test_local_initialisation():
+    """Depthwise filters have norm 1. Without their centre they are noise whose neighbours are
+    alike, and whose squares fall as a Gaussian of the block's width. Nothing else is changed."""
+    torch.manual_seed(0)
+    model = convnext.ConvNeXt((2, 1), (2000, 2000), num_classes=2, layer_scale=0)
+    before = copy.deepcopy(model.state_dict())
+    train.local_init(model)
+    for name, weight in model.state_dict().items():
+        assert name.endswith("dwconv.weight") != weight.equal(before[name]), name
+    for block, width in zip([*model.stages[0], *model.stages[1]], (1, 1.75, 2.5), strict=True):
+        filters = block.dwconv.weight.detach()
+        assert filters.flatten(1).norm(dim=1) == pytest.approx(torch.ones(2000), abs=1e-5)
+        centre = filters[:, 0, 3, 3]
+        assert centre.mean() > 0.6 and centre.min() > 0
+        squares = filters.square().mean(0)[0]
+        expected = torch.exp(-((torch.arange(7) - 3) / width) ** 2)
+        expected = expected * expected[:, None]
+        squares[3, 3] = expected[3, 3] = 0
+        assert squares / squares.sum() == pytest.approx(expected / expected.sum(), abs=0.02)
+        assert torch.corrcoef(filters[:, 0, 3, 1:3].T)[0, 1] > 0.6
+
 # --- The run ----------------------------------------------------------------------------
 
 def steps_of(monkeypatch, line):
@@ -2078,7 +2099,7 @@ def test_default_recipe(small):
         "batch_size": 128, "optimizer": "adamw", "lr": 1e-3, "min_lr": 1e-6,
         "schedule": "cosine", "warmup": 5, "beta2": 0.999, "weight_decay": 0.05,
         "clip_grad": 0, "label_smoothing": 0.1, "drop_path": 0.1, "layer_scale": 0,
-        "init": "fan-in", "crop_padding": 4, "flip": 0.5, "rand_augment": 9,
+        "init": "local", "crop_padding": 4, "flip": 0.5, "rand_augment": 9,
         "random_erase": 0.25, "mixup": 0.8, "cutmix": 1, "mix_prob": 1,
         "mixed_epochs": 90, "ema_horizon": 0.04, "start_size": 0, "val_size": 0,
         "tta": False})
@@ -3020,7 +3041,9 @@ def filters_of(run):
     ("--head-init-scale 0.5", lambda run: 0.008 < run.model.head.fc.weight.std() < 0.012),
     ("--layer-scale 0.3", lambda run: run.model.stages[0][0].layer_scale.gamma[0] == 0.3),
     ("--init paper", lambda run: 0.015 < filters_of(run).std() < 0.025),
-    ("--init fan-in", lambda run: 0.1 < filters_of(run).std() < 0.15),
+    ("--init fan-in", lambda run: 0.1 < filters_of(run).std() < 0.15
+     and filters_of(run)[..., 3, 3].mean() < 0.1),
+    ("--init local", lambda run: filters_of(run)[..., 3, 3].mean() > 0.5),
     ("--grn", lambda run: isinstance(run.model.stages[0][0].mlp.grn, convnext.GRN)),
     ("--patch-size 2", lambda run: run.model.downsample_layers[0][0].stride == (2, 2)),
     ("--beta2 0.5", lambda run: first_group(run)["betas"] == (0.9, 0.5)),
