@@ -324,8 +324,8 @@ class ConvNeXt(nn.Module):
     the patch size means four times as many positions, and so four times the work.
 
     All layers start from weights of the same standard deviation, 0.02, so a linear layer with n
-    inputs makes them 0.02·√n times as large: 0.55 for n = 768, but 0.13 for n = 40. Narrow networks
-    learn faster with train.py's fan_in_init and without LayerScale.
+    inputs makes them 0.02·√n times as large: 0.55 for n = 768, but 0.13 for n = 40. Small networks
+    learn faster with train.py's fan_in_init and local_init, and without LayerScale.
 
     head_init_scale: a factor on the classifier's initial weights, 0.001 in fine-tuning (table 6).
     Random classifier weights send a meaningless gradient into pretrained layers. Small ones let the

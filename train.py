@@ -140,9 +140,9 @@ class Recipe:
     patch_size: int = setting(2, "side of the stem's patches", (1, 2, 4))
     layer_scale: float = setting(0, "initial value of LayerScale; 0: none", "[0, inf)")
     drop_path: float = setting(0.1, "stochastic depth: drop rate of the last block", "[0, 1)")
-    init: str = setting("local", "standard deviation of initial weights: fan-in: 1 / sqrt(fan-in); "
-                        "local: the same, with depthwise filters that are smooth and strongest in "
-                        "the middle; paper: 0.02", ("local", "fan-in", "paper"))
+    init: str = setting("local", "initial weights: paper: of standard deviation 0.02; fan-in: of "
+                        "1 / sqrt(fan-in); local: the same, but depthwise filters are smooth and "
+                        "strongest in the middle", ("local", "fan-in", "paper"))
     head_init_scale: float = setting(1, "factor on the classifier's initial weights", "[0, inf)")
     init_from: str | None = setting(None, "begin with these weights: a file, a folder, an https "
                                     "address, timm:NAME or hf:REPO", group="other networks")
@@ -2043,7 +2043,7 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
          "only one of --variant, --depths and --road can be given"),
         (("depths" in names) != ("dims" in names), "--depths and --dims belong together"),
         (begins and (is_fast or typed.get("init", "paper") != "paper"),
-         "--recipe fast, --init local and --init fan-in begin with new weights, without --init-from"),
+         "--recipe fast and --init fan-in or local begin with new weights, without --init-from"),
         (not (begins or resumes) and (finetunes or typed.get("freeze_backbone")),
          "--recipe finetune and --freeze-backbone need weights: --init-from SOURCE"),
         (typed.get("freeze_backbone") and typed.get("optimizer") == "muon",
