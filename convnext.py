@@ -323,8 +323,8 @@ class ConvNeXt(nn.Module):
     1x1 positions with patch_size 4, of 2x2 with patch_size 2, and of 4x4 with patch_size 1. Half
     the patch size means four times as many positions, and so four times the work.
 
-    All layers start from weights of the same standard deviation, 0.02, so a linear layer with n
-    inputs makes them 0.02·√n times as large: 0.55 for n = 768, but 0.13 for n = 40. Small networks
+    All layers start from weights of the same standard deviation, 0.02, so a linear layer multiplies
+    the scale of its n inputs by 0.02·√n: 0.55 for n = 768, but 0.13 for n = 40. Small networks
     learn faster with train.py's fan_in_init and local_init, and without LayerScale.
 
     head_init_scale: a factor on the classifier's initial weights, 0.001 in fine-tuning (table 6).
@@ -456,10 +456,8 @@ def create_convnext(variant: str, *, layer_scale: float | None = None, **options
 
 def variant_of(depths: tuple[int, ...], dims: tuple[int, ...], grn: bool) -> str | None:
     """Return the name of the variant with these stages, or None if there is none."""
-    for name, variant in VARIANTS.items():
-        if (variant.depths, variant.dims, variant.grn) == (tuple(depths), tuple(dims), grn):
-            return name
-    return None
+    stages = tuple(depths), tuple(dims), grn
+    return next((name for name, v in VARIANTS.items() if (v.depths, v.dims, v.grn) == stages), None)
 
 
 # --- Part 2. The road: how the paper gets here from a ResNet-50 (section 2, table 10) -------------
@@ -706,18 +704,16 @@ def roadmap_network(design: Design, num_classes: int = 1000, patch_size: int = 4
         head.norm = nn.Identity()  # the head's norm came with the last step
     return nn.Sequential(*layers, head)
 
-def count_macs(model: nn.Module, image_size: int, in_channels: int | None = None) -> int:
+def count_macs(model: nn.Module, image_size: int) -> int:
     """Count the multiply-accumulates of convolutions, linear layers and attention for one image.
 
     The papers call them FLOPs. They are counted on the meta device, where tensors have only shapes.
-    in_channels: of the image; by default, what the stem takes if it is a Patchify, otherwise 3.
+    The image has as many channels as the first convolution takes.
     """
     model = copy.deepcopy(model).to("meta").eval()
-    if in_channels is None:
-        layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        in_channels = layers[0].in_channels if isinstance(layers[0], Patchify) else 3
+    channels = next(m.in_channels for m in model.modules() if hasattr(m, "in_channels"))
     dtype = next(model.parameters()).dtype
-    image = torch.zeros(1, in_channels, image_size, image_size, device="meta", dtype=dtype)
+    image = torch.zeros(1, channels, image_size, image_size, device="meta", dtype=dtype)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
     return counter.get_total_flops() // 2  # PyTorch counts multiplications and additions
@@ -1280,7 +1276,9 @@ def speed_up(model: nn.Module) -> nn.Module:
     methods you changed stays as it is, but what you change afterwards is not noticed. Forward-mode
     derivatives (torch.func.jvp) need the model as it was before.
     """
-    methods = DepthwiseConv.forward, DepthwiseConv._conv_forward  # perhaps a user's own
+    # You are invited to edit DepthwiseConv. FastDepthwiseConv knows neither another forward nor a
+    # stride or dilation, and would compute the plain convolution instead.
+    methods = DepthwiseConv.forward, DepthwiseConv._conv_forward
     if methods != (nn.Conv2d.forward, nn.Conv2d._conv_forward):
         return model
     for module in model.modules():

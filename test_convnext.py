@@ -746,7 +746,7 @@ def test_the_same_images_are_augmented_by_seed_and_step(small):
     data, batches = train.prepare_data(recipe), []
     for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
         seeded = dataclasses.replace(recipe, seed=seed)
-        source = train.TrainingBatches(data, seeded, epoch_steps=3)
+        source = train.BatchReader(data, seeded, epoch_steps=3)
         batches.append(source[step, [*range(8)]][0])
     assert torch.equal(batches[0], batches[1])
     for one, other in itertools.combinations(batches[1:], 2):
@@ -1137,6 +1137,13 @@ def test_orthogonalize_changes_the_singular_values_alone(shape, scale):
         values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
     assert_close(y, values.diag(), atol=1e-4, rtol=0)
     assert 0.65 < values.min() and values.max() < 1.25
+
+def test_orthogonalize_keeps_small_gradients_in_float16():
+    """Which has no numbers below 6e-8."""
+    gradient = torch.randn(40, 10)
+    expected = train.orthogonalize(gradient)
+    y = train.orthogonalize(1e-8 * gradient, torch.float16).float()
+    assert F.cosine_similarity(y.flatten(), expected.flatten(), dim=0) > 0.999
 
 def test_the_average_of_weights_is_a_running_mean():
     """Of BatchNorm's statistics, too."""
@@ -2112,6 +2119,12 @@ def test_fast_recipe(small):
         "ema_horizon": 0, "rand_augment": 5, "mix_prob": 0, "start_size": 24, "tta": True,
         "warmup": 2, "label_smoothing": 0.1, "random_erase": 0.25})
 
+@pytest.mark.parametrize(("epochs", "small_epochs"), [(1, 0), (2, 1), (5, 2), (40, 20)])
+def test_the_last_epochs_have_images_of_full_size(epochs, small_epochs):
+    recipe = recipe_of(f"--recipe fast --epochs {epochs}")
+    sizes = [recipe.size_at(epoch) for epoch in range(epochs)]
+    assert sizes == [24] * small_epochs + [32] * (epochs - small_epochs)
+
 @pytest.mark.parametrize("clip_grad", [0, 0.5])
 def test_float16_with_a_scaler_is_the_step_without(device, clip_grad):
     """Clipping sees the unscaled gradient. An infinite one changes no weights."""
@@ -2364,6 +2377,16 @@ def test_only_training_crops_large_images_at_random(small):
         if part is not data.train:
             expected = TF.pil_to_tensor(cut(train.as_shown(part.images[0])))
             assert torch.equal(draws[0][0], expected)
+
+def test_a_large_tensor_of_images_says_that_it_is_not_cropped(small, capsys):
+    """Unlike a list of arrays, which is not in memory as the network sees it."""
+    pictures = torch.randint(256, (6, 3, 72, 72), dtype=torch.uint8)
+    arrays = [picture.numpy() for picture in rearrange(pictures, "n c h w -> n h w c")]
+    for images, is_said in ((pictures, True), (arrays, False)):
+        split = train.Images(images, [0, 1] * 3, ["a", "b"])
+        data = train.prepare_data(recipe_of(f"{LARGE} --crop-scale 0.5"), splits=(split, split))
+        assert ("neither cropped nor shifted" in capsys.readouterr().err) == is_said
+        assert isinstance(data.train.to_square, T.RandomResizedCrop) != is_said
 
 @pytest.mark.parametrize("scale", [0.08, 0.7])
 def test_a_random_crop_has_an_area_from_crop_scale_to_1(small, scale):
@@ -2972,6 +2995,9 @@ def test_images_of_any_size_can_be_evaluated(small):
     line = f"{QUICK} --patch-size 1 --img-size 4 --crop-padding 0 --epochs 1 --output run"
     assert outcome(line) == "0"
     assert outcome("--eval-only run --device cpu") == "0"
+    Path("run/last.pt").unlink()
+    Path("run/weights.safetensors").unlink()
+    assert outcome("--eval-only run").startswith("UserError: run holds no weights yet")
     signed = "https://host/w.pth?" + "x" * 5000  # longer than a path can be
     assert train.file_in(signed) == signed
 
@@ -3100,6 +3126,8 @@ def test_wrong_values_are_refused_with_the_range(capsys, line, message):
     ("--distill-alpha 1", "--distill-alpha needs --teacher"),
     ("--crop-padding 3 --img-size 96", "--crop-padding needs images of up to 64 pixels"),
     ("--mixup 0.3 --mix-prob 0", "--mixup needs a --mix-prob above 0"),
+    ("--mix-off-epochs 3 --mix-prob 0", "--mix-off-epochs needs a --mix-prob above 0"),
+    ("--mix-prob 0.5 --mixup 0 --cutmix 0", "--mix-prob needs a --mixup or --cutmix above 0"),
     ("--width 8", "--width needs --road"), ("--grn", "--grn needs --depths"),
     ("--road GELU --layer-decay 0.5", "--layer-decay needs a network without --road"),
     ("--eval-only first/last.pt --predict a.png --output x", "--predict writes a .csv file"),
@@ -3168,7 +3196,7 @@ def test_python_blocks_of_the_how_to_run(small):
     predict = f"--eval-only {weights} --predict pictures --output predictions.csv"
     digits = [(PIL.Image.new("L", (28, 28), 9 * i), i % 3) for i in range(6)]
     how_to = HERE / "assets" / "howto.md"
-    text, done = how_to.read_text(), {}
+    text, done = how_to.read_text(), {"__name__": "__main__"}
     has_onnx = all(map(importlib.util.find_spec, ("onnxscript", "onnxruntime")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchvision.datasets, "MNIST", lambda *_, **__: digits)

@@ -200,7 +200,7 @@ class Recipe:
 
     def size_at(self, epoch: int) -> int:
         """The image size in pixels in this epoch, counted from 0."""
-        small = self.start_size and epoch < self.epochs * self.start_share
+        small = self.start_size and epoch < int(self.epochs * self.start_share)
         return self.start_size if small else self.img_size
 
 # For a small network on two CPU cores; assets/results.md shows what most of these gain.
@@ -222,7 +222,7 @@ def finetune(network: Recipe) -> dict[str, Any]:
     scale = network.batch_size / 512  # the paper's batch size
     drop_path = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.4}  # huge: ours
     return {
-        "epochs": 30, "lr": 5e-5 * scale, "warmup_epochs": 0.0,  # its min_lr is a 50th of the lr
+        "epochs": 30, "lr": 5e-5 * scale, "warmup_epochs": 0.0,
         "weight_decay": 1e-8, "rand_augment": 9.0, "mixup": 0.0, "cutmix": 0.0,
         "random_erase": 0.25, "label_smoothing": 0.1, "clip_grad": 0.0,
         # Networks of the road know neither of these two.
@@ -237,9 +237,9 @@ def finetune(network: Recipe) -> dict[str, Any]:
 def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
     """Do what the command line says, and return the exit code. Raises UserError.
 
-    splits: training and test images to use in place of --dataset. In a script on Windows or macOS,
-    call this below `if __name__ == "__main__":`, or with "--workers", "0": there each process that
-    reads images runs the script once more.
+    splits: training and test images to use in place of --dataset. In a script, call this below
+    `if __name__ == "__main__":`, or with "--workers", "0". On Windows and macOS, and on Linux from
+    Python 3.14 on, each process that reads images runs the script once more.
     """
     typed = parse(argv)
     tune_backends()
@@ -714,8 +714,8 @@ def orthogonalize(x: Tensor, precision: torch.dtype = torch.float32, steps: int 
     The iteration is Newton's and Schulz's with Muon's polynomial, which is faster at the start and
     ends between 0.7 and 1.2. It needs matrix products alone."""
     is_tall = x.shape[0] > x.shape[1]
-    y = (x.T if is_tall else x).to(precision)
-    y = y / y.norm().clamp(min=1e-7)
+    y = x / x.norm().clamp(min=1e-7)  # first, because float16 would round small gradients to 0
+    y = (y.T if is_tall else y).to(precision)
     for _ in range(steps):
         gram = y @ y.T
         y = 3.4445 * y + (-4.775 * gram + 2.0315 * gram @ gram) @ y
@@ -771,7 +771,8 @@ def fan_in_init(model: convnext.ConvNeXt) -> None:
     weights times sqrt(fan_in). The paper's 0.02 makes that 0.55 at 768 channels, but 0.13 at 40:
     there the two linear layers of a branch, with the GELU between them, shrink its input to 0.016,
     and it has to grow before it can learn. Here each layer keeps the scale, at any width. Those of
-    a branch's last layer are divided by sqrt(2 · blocks): the sum of all branches stays near 1.
+    a branch's last layer are divided by sqrt(2 · blocks), so that all branches together add less
+    than their input, at any depth.
     Cutting the normal distribution at two standard deviations leaves 0.88 of these values.
     """
     blocks = sum(len(stage) for stage in model.stages)
@@ -1059,7 +1060,10 @@ def prepare_data(recipe: Recipe, source: Source | None = None,
         names = shorten([train.classes[i] for i in sorted(empty)])
         raise UserError(f"there are no training images of {names} that can be read")
     train, val = hold_out(every, recipe.val_size)
-    if not train.in_memory and recipe.crop_scale < 1:
+    if train.in_memory and recipe.img_size > SMALL:
+        note(f"images above {SMALL} pixels in a tensor are neither cropped nor shifted; a list of "
+             "arrays or a folder is")
+    elif not train.in_memory and recipe.crop_scale < 1:
         train = replace(train, to_square=T.RandomResizedCrop(
             recipe.img_size, (recipe.crop_scale, 1), interpolation=T.InterpolationMode.BICUBIC))
     if source:
@@ -1076,7 +1080,7 @@ class Images(Dataset):
 
     images: bytes (n, 3, h, w); or a list of paths or of arrays (h, w, 3) of bytes, which are read
     when they are needed. labels: (n,), numbers of classes. to_square: makes a square picture of one
-    of any size; None for bytes.
+    of any size, once `prepare_images` has set it.
     """
     images: Tensor | Sequence[str | np.ndarray]
     labels: Tensor | Sequence[int]
@@ -1101,7 +1105,7 @@ class Images(Dataset):
 
     @property
     def in_memory(self) -> bool:
-        return self.to_square is None
+        return isinstance(self.images, Tensor)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -1318,11 +1322,12 @@ def prepare_images(images: Images, recipe: Recipe) -> Images:
         return images
     batches = tqdm(evaluation_batches(images, recipe.workers), "reading images", disable=None,
                    leave=False)
-    return replace(images, images=torch.cat([x for x, _ in batches]), to_square=None)
+    return replace(images, images=torch.cat([x for x, _ in batches]))
 
 def evaluation_square(size: int, crop_pct: float | None) -> T.Transform:
     """Make a square from a picture of any size, as the authors do for evaluation: the middle 224
-    pixels of 256, or of a small image all. From 384 pixels on they squeeze the whole image."""
+    pixels of 256. From 384 pixels on they squeeze the whole image. Up to 64 pixels this takes the
+    largest square in the middle."""
     bicubic = T.InterpolationMode.BICUBIC
     if size >= 384 and crop_pct is None:
         return T.Resize((size, size), interpolation=bicubic)
@@ -1435,7 +1440,7 @@ def fingerprint(images: Images, recipe: Recipe) -> str:
 def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the augmented batches of all steps that the run has still to take."""
     r = run.recipe
-    reader = TrainingBatches(run.data, r, run.epoch_steps)
+    reader = BatchReader(run.data, r, run.epoch_steps)
     order = training_order(len(run.data.train), r.batch_size, r.seed, run.step, run.total)
     return read_in_processes(reader, order, r.workers, pin_memory=run.device.type == "cuda")
 
@@ -1468,7 +1473,7 @@ def training_order(count: int, batch_size: int, seed: int, first: int,
             order = torch.randperm(count, generator=generator).tolist()
         yield step, order[position * batch_size : (position + 1) * batch_size]
 
-class TrainingBatches(Dataset):
+class BatchReader(Dataset):
     """What the reading processes do: (step, numbers of images) -> augmented images and targets. The
     random numbers follow from the seed and the step, whichever process draws them."""
     def __init__(self, data: Data, recipe: Recipe, epoch_steps: int) -> None:
@@ -1551,6 +1556,8 @@ def file_in(address: str) -> str:
         path = os.path.join(address, name)
         if os.path.exists(path):
             return path
+    if os.path.exists(os.path.join(address, "args.json")):
+        raise UserError(f"{address} holds no weights yet, neither weights.safetensors nor last.pt")
     return address
 
 def saved_by_us(content: Mapping, metadata: Mapping[str, str]) -> Mapping[str, Any]:
@@ -1976,7 +1983,7 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
         named = dict(fast(network_settings(merge(FAST, typed))))
     elif typed.get("recipe") == "finetune":
         named = finetune(network_settings(merge(weights, typed)))
-        named["min_lr"] = typed.get("lr", named["lr"]) / 50
+        named["min_lr"] = typed.get("lr", named["lr"]) / 50  # as in the paper's fine-tuning
     if typed.get("freeze_backbone"):
         named["drop_path"] = 0.0  # there is nothing to regularize
     recipe = Recipe(**merge(weights, named, typed))
@@ -2071,6 +2078,8 @@ def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
         "crop_scale": (r.img_size > SMALL, f"images above {SMALL} pixels"),
         "crop_pct": (r.img_size > SMALL, f"images above {SMALL} pixels"),
         "mixup": (mixes, "a --mix-prob above 0"), "cutmix": (mixes, "a --mix-prob above 0"),
+        "mix_off_epochs": (mixes, "a --mix-prob above 0"),
+        "mix_prob": (r.mixup or r.cutmix, "a --mixup or --cutmix above 0"),
         "distill_alpha": (r.teacher, "--teacher"), "distill_temperature": (r.teacher, "--teacher")}
     for name in ("drop_path", "head_init_scale", "init"):
         uses[name] = (not r.road, "a network without --road")
