@@ -755,16 +755,16 @@ def our_road() -> plt.Figure:
     return figure
 
 def road_in_words() -> str:
-    """Which rows of our road differ from the row before, in both seeds."""
+    """Which rows of our road are above or below the row before, with both seeds."""
     labels = road_labels()
     names = [name for name in OURS if name in STEPS or "old" in name]
-    lines = {"better": [], "worse": [], "too close to tell": []}
+    lines = {"both seeds higher": [], "both lower": [], "the seeds overlap": []}
     for last, name in pairwise(names):
-        kind = "too close to tell"
+        kind = "the seeds overlap"
         if OURS[name].min() > OURS[last].max():
-            kind = "better"
+            kind = "both seeds higher"
         elif OURS[name].max() < OURS[last].min():
-            kind = "worse"
+            kind = "both lower"
         lines[kind].append(labels[name])
     return "".join(f"<li><b>{kind}</b>: {'; '.join(rows) or 'none'}</li>"
                    for kind, rows in lines.items()).join(("<ul>", "</ul>"))
