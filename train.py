@@ -772,8 +772,8 @@ def fan_in_init(model: convnext.ConvNeXt) -> None:
     there the two linear layers of a branch, with the GELU between them, shrink its input to 0.016,
     and it has to grow before it can learn. Here each layer keeps the scale, at any width. Those of
     a branch's last layer are divided by sqrt(2 · blocks), so that all branches together add less
-    than their input, at any depth.
-    Cutting the normal distribution at two standard deviations leaves 0.88 of these values.
+    than their input, at any depth. Cutting the normal distribution at two standard deviations
+    leaves 0.88 of these values.
     """
     blocks = sum(len(stage) for stage in model.stages)
     for name, module in model.named_modules():
@@ -1090,7 +1090,7 @@ class Images(Dataset):
     def __post_init__(self) -> None:
         self.labels = torch.as_tensor(self.labels).long()
         self.classes = [str(name) for name in self.classes]
-        if not isinstance(self.images, Tensor):
+        if not self.in_memory:
             self.images = [str(x) if isinstance(x, os.PathLike) else x for x in self.images]
         x = self.images
         if isinstance(x, Tensor) and (x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3):
@@ -1132,7 +1132,7 @@ class Images(Dataset):
                             ) from error
 
     def subset(self, numbers: Sequence[int]) -> Images:
-        if isinstance(self.images, Tensor):
+        if self.in_memory:
             images = self.images[list(numbers)]
         else:
             images = [self.images[i] for i in numbers]
@@ -1309,7 +1309,7 @@ def draw_shapes(count: int, size: int, seed: int) -> Images:
 def prepare_images(images: Images, recipe: Recipe) -> Images:
     """Images as they are evaluated: squares of --img-size. Small ones are read at once."""
     size = recipe.img_size
-    if isinstance(images.images, Tensor):
+    if images.in_memory:
         if images.images.shape[2:] != (size, size):
             height, width = images.images.shape[2:]
             raise UserError(f"the images have {height}x{width} pixels: make squares of them, and "
@@ -2068,7 +2068,6 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
 
 def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
     """Raise UserError for a flag that would do nothing. 0, which turns something off, is fine."""
-    mixes = r.mix_prob > 0
     uses = {  # a flag: whether it does something, and what it needs
         "width": (r.road, "--road"), "grn": (r.depths, "--depths"),
         "muon_lr": (r.optimizer == "muon", "--optimizer muon"),
@@ -2077,10 +2076,10 @@ def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
         "crop_padding": (r.img_size <= SMALL, f"images of up to {SMALL} pixels"),
         "crop_scale": (r.img_size > SMALL, f"images above {SMALL} pixels"),
         "crop_pct": (r.img_size > SMALL, f"images above {SMALL} pixels"),
-        "mixup": (mixes, "a --mix-prob above 0"), "cutmix": (mixes, "a --mix-prob above 0"),
-        "mix_off_epochs": (mixes, "a --mix-prob above 0"),
         "mix_prob": (r.mixup or r.cutmix, "a --mixup or --cutmix above 0"),
         "distill_alpha": (r.teacher, "--teacher"), "distill_temperature": (r.teacher, "--teacher")}
+    for name in ("mixup", "cutmix", "mix_off_epochs"):
+        uses[name] = (r.mix_prob, "a --mix-prob above 0")
     for name in ("drop_path", "head_init_scale", "init"):
         uses[name] = (not r.road, "a network without --road")
     for name, (is_used, needs) in uses.items():
