@@ -211,7 +211,7 @@ def network_with(exported, library, network):
     network.load_state_dict(exported, strict=True, assign=True)
     return network
 
-IN_FULL = ("atto", "tiny", "base", "v2_atto", "v2_tiny")
+IN_FULL = ("atto", "tiny", "v2_atto", "v2_tiny")
 
 @pytest.mark.parametrize("variant", [
     variant if variant in IN_FULL else pytest.param(variant, marks=slow)
@@ -1668,7 +1668,7 @@ def test_gradients_with_compile_and_autocast(speed_up):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for network, dtype, tolerance in (
             (model, torch.float32, 1e-5), (compiled, torch.float32, 1e-4),
-            (model, torch.bfloat16, 0.1), (compiled, torch.bfloat16, 0.1)):
+            (model, torch.bfloat16, 0.1)):
         with torch.autocast("cpu", dtype, dtype != torch.float32):
             found = gradients(network, x)
         for name, gradient in found.items():
@@ -3025,8 +3025,9 @@ def test_large_numbers_are_printed_without_exponents(number, text):
      {"dataset": "synthetic", "depths": (1, 1), "epochs": 100}),
     ("--resume first/last.pt",  # takes all
      {"lr": 0.002, "layer_scale": 0.1, "output": "first", "epochs": 1}),
-    ("--resume first/last.pt --lr 0.002 -j 3 --data-dir ~/x --amp bf16",
-     {"lr": 0.002, "workers": 3, "data_dir": os.path.expanduser("~/x"), "amp": "bf16"}),
+    ("--resume first/last.pt --lr 0.002 -j 3 --data-dir ~/x --amp bf16 --compile",
+     {"lr": 0.002, "workers": 3, "data_dir": os.path.expanduser("~/x"), "amp": "bf16",
+      "compile": True}),
     ("--drop_path=0.3 --batch_size 7 --model atto --wd 0.2 -j 1",
      {"drop_path": 0.3, "batch_size": 7, "variant": "atto", "weight_decay": 0.2}),
     ("--distill-alpha 0 --mix-prob 0 --mixup 0 --width 0", {"mixup": 0})])
@@ -3431,8 +3432,8 @@ def test_unknown_errors_keep_their_traceback(small, monkeypatch):
         outcome(f"{QUICK} --output run")
 
 @posix
-@pytest.mark.parametrize("streams", [">/dev/full 2>/dev/full", ">&- 2>&-", "| true", ""],
-                         ids=["full disk", "closed", "nobody reads", "names in ASCII"])
+@pytest.mark.parametrize("streams", [">&- 2>/dev/full", "2>&-"],
+                         ids=["closed and full", "names in ASCII"])
 def test_printing_ends_no_run(tmp_path, streams):
     if "full" in streams and not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
@@ -3445,7 +3446,7 @@ def test_printing_ends_no_run(tmp_path, streams):
         env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
     assert (tmp_path / "code").read_text() == "0\n" and "Traceback" not in run.stderr
     assert (tmp_path / "run" / "weights.safetensors").exists()
-    assert (r"(b, \xfcn\xef \U0001f600)" in run.stdout) == (not streams)
+    assert (r"(b, \xfcn\xef \U0001f600)" in run.stdout) == (streams == "2>&-")
 
 def test_a_run_in_a_thread(small):
     """Where no signals can be caught."""

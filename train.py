@@ -1896,7 +1896,7 @@ NUMBERS = tuple[int, ...]
 PATHS = {"resume", "eval_only", "init_from", "teacher", "predict", "output", "data_dir"}
 # The settings that may change when a run is resumed, and those that --eval-only takes.
 ANY_TIME = {"resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta", "teacher",
-            "skip_bad", "amp"}
+            "skip_bad", "amp", "compile"}
 EVALUATION = {"eval_only", "predict", "output", "dataset", "data_dir", "img_size", "crop_pct",
               "skip_bad", "workers", "device", "amp", "tta"}
 
@@ -2172,7 +2172,7 @@ def explained_errors(recipe: Recipe) -> Iterator[None]:
         elif recipe.eval_only is None and ("allocate" in text or "out of memory" in text):
             remedy = "give a smaller --batch-size, or a larger --accumulate"
         elif recipe.compile and type(error).__module__.startswith("torch._"):
-            remedy = "leave out --compile"
+            remedy = "leave out --compile, or give --no-compile"
         else:
             raise
         raise UserError(f"{first_line(error)}; {remedy}") from error
