@@ -1358,4 +1358,6 @@ class DepthwiseGradient(torch.autograd.Function):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="List the variants, or the steps of the road.")
     parser.add_argument("--road", action="store_true", help="list the steps from ResNet-50 on")
-    print(*(road_table() if parser.parse_args().road else variant_table()), sep="\n")
+    table = road_table() if parser.parse_args().road else variant_table()
+    for line in table:
+        print(line)
