@@ -172,7 +172,7 @@ class GRN(nn.Module):
         norm = squares.clamp(min=1e-30).sqrt()  # keeps the derivative of √ finite at 0
         n = norm / (norm.mean(-1, keepdim=True) + 1e-6)
         scale = (self.gamma * n).to(x.dtype)
-        # x + β + x ⊙ scale. In x ⊙ (1 + scale) + β, half precision would round a small scale away.
+        # (x + β) + x ⊙ scale. In x ⊙ (1 + scale) + β, half precision would round 1 + scale first.
         return torch.addcmul(x + self.beta.to(x.dtype), x, scale)
 
 class InvertedBottleneck(nn.Module):
@@ -256,9 +256,9 @@ class Block(nn.Module):
     they need (b, h, w, c). The stem's norm leaves the maps in channels_last order, in float32 the
     convolutions keep it, and so the two rearranges copy nothing.
 
-    drop_path: p of DropPath. layer_scale: initial γ of LayerScale, 0 for none. grn: V2's block. To
-    try other layers, change DepthwiseConv, LayerNorm or InvertedBottleneck; pretrained weights fit
-    only layers with the same parameters.
+    drop_path: p of DropPath. layer_scale: initial γ of LayerScale, 0 for none. grn: add V2's GRN.
+    To try other layers, change DepthwiseConv, LayerNorm or InvertedBottleneck; pretrained weights
+    fit only layers with the same parameters.
     """
 
     def __init__(self, dim: int, drop_path: float = 0.0, layer_scale: float = 1e-6,
@@ -312,12 +312,15 @@ class Head(nn.Module):
 class ConvNeXt(nn.Module):
     """Stages of blocks, each at half the resolution of the stage before (table 9).
 
-    depths, dims: the number of blocks and of channels in each stage, for any number of stages. The
-    paper has most blocks in stage 3, as Swin does. The channels can be read as `model.dims`.
-    num_classes: 0 for features. in_channels: channels of the image. layer_scale: initial γ, 0 for
-    no LayerScale. grn: ConvNeXt V2. drop_path: the chance of dropping the last block's branch, in
-    [0, 1); it rises linearly from 0 at the first block. The paper trains Tiny with 0.1, Small with
-    0.4, Base and Large with 0.5 (table 5).
+    depths: the number of blocks in each stage, for any number of stages. The paper has most of them
+    in stage 3, as Swin does.
+    dims: the number of channels in each stage, which can be read as `model.dims`.
+    num_classes: 0 for features. in_channels: channels of the image.
+    drop_path: p of the last block's DropPath, in [0, 1). It rises linearly from 0 at the first
+    block. The paper trains Tiny with 0.1, Small with 0.4, Base and Large with 0.5 (table 5).
+    grn: put a GRN into each block, as ConvNeXt V2 does.
+    layer_scale: initial γ, 0 for no LayerScale. The default is 1e-6, and 0 with grn: V2's paper
+    found LayerScale unnecessary there.
 
     patch_size: of the stem, 4 in the paper. Four stages turn an image of 32x32 pixels into a map of
     1x1 positions with patch_size 4, of 2x2 with patch_size 2, and of 4x4 with patch_size 1. Half
@@ -338,7 +341,7 @@ class ConvNeXt(nn.Module):
     def __init__(
         self, depths: tuple[int, ...], dims: tuple[int, ...], *, num_classes: int = 1000,
         in_channels: int = 3, patch_size: int = 4, drop_path: float = 0.0,
-        layer_scale: float = 1e-6, grn: bool = False, head_init_scale: float = 1.0,
+        layer_scale: float | None = None, grn: bool = False, head_init_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if not depths or len(depths) != len(dims) or min(*depths, *dims) < 1:
@@ -348,9 +351,11 @@ class ConvNeXt(nn.Module):
             raise ValueError(f"patch_size must be 1 or more, not {patch_size}")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must be at least 0 and below 1, not {drop_path}")
+        if layer_scale is None:
+            layer_scale = 0.0 if grn else 1e-6
         self.dims = tuple(dims)
         stem = nn.Sequential(Patchify(in_channels, dims[0], patch_size), LayerNorm2d(dims[0]))
-        # The authors' name. The layer with index i stands before stage i, so the first is the stem.
+        # The authors' name: downsample_layers[i] stands before stages[i], so the first is the stem.
         self.downsample_layers = nn.ModuleList([stem])
         for dim_in, dim in pairwise(dims):
             self.downsample_layers.append(Downsample(dim_in, dim))
@@ -439,25 +444,16 @@ VARIANTS |= {f"v2_{name}": VARIANTS[name]._replace(grn=True)
              for name in ("atto", "femto", "pico", "nano", "tiny", "base", "large")}
 VARIANTS["v2_huge"] = Variant((3, 3, 27, 3), (352, 704, 1408, 2816), 115, grn=True)
 
-def create_convnext(variant: str, *, layer_scale: float | None = None, **options: Any) -> ConvNeXt:
+def create_convnext(variant: str, **options: Any) -> ConvNeXt:
     """Build one of the VARIANTS with initial weights, in training mode.
 
     options: keyword arguments of ConvNeXt other than depths, dims and grn, which the variant fixes.
-    layer_scale: initial γ, or 0 for no LayerScale. The default is 1e-6 in V1 and 0 in V2, whose
-    paper found it unnecessary with GRN.
     Raises ValueError for an unknown variant. Networks of other sizes: ConvNeXt(depths, dims).
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
     depths, dims, _, grn = VARIANTS[variant]
-    if layer_scale is None:
-        layer_scale = 0.0 if grn else 1e-6
-    return ConvNeXt(depths, dims, layer_scale=layer_scale, grn=grn, **options)
-
-def variant_of(depths: tuple[int, ...], dims: tuple[int, ...], grn: bool) -> str | None:
-    """Return the name of the variant with these stages, or None if there is none."""
-    stages = tuple(depths), tuple(dims), grn
-    return next((name for name, v in VARIANTS.items() if (v.depths, v.dims, v.grn) == stages), None)
+    return ConvNeXt(depths, dims, grn=grn, **options)
 
 
 # --- Part 2. The road: how the paper gets here from a ResNet-50 (section 2, table 10) -------------
@@ -526,14 +522,14 @@ def all_designs() -> dict[str, Design]:
 
 DESIGNS = all_designs()
 
-def pointwise(c_in: int, c_out: int, norm: type[nn.Module] | None, stride: int = 1
+def pointwise(dim_in: int, dim: int, norm: type[nn.Module] | None, stride: int = 1
               ) -> list[nn.Module]:
     """Return a 1x1 convolution, which mixes channels, and its norm, if it has one.
 
     A bias before BatchNorm has no effect, so a dense layer before one has none, as in ResNet.
     """
-    layer = nn.Conv2d(c_in, c_out, 1, stride, bias=norm is not nn.BatchNorm2d)
-    return [layer, norm(c_out)] if norm else [layer]
+    layer = nn.Conv2d(dim_in, dim, 1, stride, bias=norm is not nn.BatchNorm2d)
+    return [layer, norm(dim)] if norm else [layer]
 
 def spatial(design: Design, dim: int, stride: int, shift: bool) -> list[nn.Module]:
     """Return the layer of a block that mixes positions, and its norm."""
@@ -559,16 +555,16 @@ class RoadmapBlock(nn.Module):
                  layer_scale: float) -> None:
         super().__init__()
         self.dim = width if design.inverted else 4 * width
-        middle = 4 * width if design.inverted else width
+        hidden_dim = 4 * width if design.inverted else width
         extra_norm = None if design.one_norm else design.norm  # the step "one norm" removes these
         extra_act = nn.Identity if design.one_act else design.act  # "one activation" removes these
         if design.depthwise_first:  # k×k - 1x1 - 1x1
             layers = spatial(design, dim_in, stride, shift)
-            layers += [extra_act(), *pointwise(dim_in, middle, extra_norm)]
+            layers += [extra_act(), *pointwise(dim_in, hidden_dim, extra_norm)]
         else:  # 1x1 - k×k - 1x1
-            layers = pointwise(dim_in, middle, extra_norm)
-            layers += [extra_act(), *spatial(design, middle, stride, shift)]
-        layers += [design.act(), *pointwise(middle, self.dim, extra_norm)]
+            layers = pointwise(dim_in, hidden_dim, extra_norm)
+            layers += [extra_act(), *spatial(design, hidden_dim, stride, shift)]
+        layers += [design.act(), *pointwise(hidden_dim, self.dim, extra_norm)]
         self.branch = nn.Sequential(*layers)
         self.shortcut = nn.Identity()
         if dim_in != self.dim or stride > 1:
@@ -604,7 +600,9 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.window = window
         self.heads = max(1, dim // 16)
-        self.before = window - window // 2 if shift else 0  # rows of the first window off the map
+        self.before = 0  # rows of the first window that lie off the map
+        if shift:
+            self.before = window - window // 2
         if dim % self.heads:
             raise ValueError(f"{dim} channels cannot be divided into {self.heads} heads; give a "
                              "multiple of 16")
@@ -612,11 +610,12 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.proj.bias)
-        self.bias = nn.Parameter(0.02 * torch.randn(self.heads, (2 * window - 1) ** 2))
+        offsets = 2 * window - 1  # -6 ... 6 rows or columns lie between two positions
+        self.position_bias = nn.Parameter(0.02 * torch.randn(self.heads, offsets**2))
         position = torch.cartesian_prod(torch.arange(window), torch.arange(window))
-        offset = position[:, None] - position + window - 1  # (49, 49, 2), rows and columns, from 0
-        self.register_buffer("index", offset[..., 0] * (2 * window - 1) + offset[..., 1],
-                             persistent=False)
+        offset = position[:, None] - position + window - 1  # (49, 49, 2), from 0 to 12
+        index = offset[..., 0] * offsets + offset[..., 1]  # (49, 49), into position_bias
+        self.register_buffer("index", index, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.window
@@ -625,16 +624,18 @@ class WindowAttention(nn.Module):
         left = self.before if w > n else 0
         rows = math.ceil((top + h) / n)  # of windows
         columns = math.ceil((left + w) / n)
-        fill = (left, columns * n - left - w, top, rows * n - top - h)  # up to whole windows
+        padding = (left, columns * n - left - w, top, rows * n - top - h)  # up to whole windows
         qkv = self.qkv(rearrange(x, "b c h w -> b h w c"))
-        q, k, v = rearrange(F.pad(qkv, (0, 0, *fill)),
-                            "b (i p) (j q) (three m c) -> three b (i j) m (p q) c",
-                            three=3, m=self.heads, p=n, q=n)  # m heads of c channels
-        outside = F.pad(x.new_zeros(h, w), fill, value=1)
+        qkv = F.pad(qkv, (0, 0, *padding))
+        # i x j windows of p x q positions, m heads of c channels
+        qkv = rearrange(qkv, "b (i p) (j q) (three m c) -> three b (i j) m (p q) c",
+                        three=3, m=self.heads, p=n, q=n)
+        q, k, v = qkv
+        outside = F.pad(x.new_zeros(h, w), padding, value=1)
         outside = rearrange(outside, "(i p) (j q) -> (i j) 1 1 (p q)", p=n, q=n)
         # (windows, heads, 49, 49). In place of infinity, 1e4 is a number that float16 can hold.
-        bias = self.bias[:, self.index] - 1e4 * outside
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        mask = self.position_bias[:, self.index] - 1e4 * outside
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
         y = rearrange(y, "b (i j) m (p q) c -> b (i p) (j q) (m c)", i=rows, p=n)
         y = self.proj(y[:, top : top + h, left : left + w])
         return rearrange(y, "b h w c -> b c h w")
@@ -663,10 +664,10 @@ def roadmap_network(design: Design, num_classes: int = 1000, patch_size: int = 4
                     layer_scale: float = 1e-6) -> nn.Sequential:
     """Build any network of the road, such as DESIGNS["GELU"]. (b, 3, h, w) -> (b, num_classes)
 
-    patch_size: the stride of the whole stem, 4, or 1 or 2 for images of 32x32 pixels. Without
-    patches, the stem's convolution and max-pool share it. layer_scale: initial γ of LayerScale,
-    which comes with separate downsampling; 0 for none. For another width, use
-    DESIGNS["GELU"]._replace(width=32).
+    patch_size: the stride of the whole stem, 4, or 1 or 2 for images of 32x32 pixels. Where the
+    stem is ResNet's, 4 means a stride of 2 in its convolution and in its max-pool; for 1 and 2
+    there is no max-pool. layer_scale: initial γ of LayerScale, which comes with separate
+    downsampling; 0 for none. For another width, use DESIGNS["GELU"]._replace(width=32).
 
     Initial weights are PyTorch's, and the stochastic depth of the paper's networks is left out: the
     last step is ConvNeXt-Tiny, but starts from other weights. Raises ValueError for a different
@@ -748,35 +749,47 @@ def road_table() -> Iterator[str]:
 # --- Part 3. Weights: the checkpoints of other libraries, in and out ------------------------------
 
 # The authors (Meta), timm, torchvision and Hugging Face's transformers store the same network under
-# different names. NAMES has those of one module after those of another, in the order of LAYOUTS.
-# "=" means the first of them, "-" that the layout has none. A name that begins with a dot follows
-# the one in BLOCK. {b} is the block and {s} the stage, from 0 on; torchvision counts stages by
-# twos, {d} = 2·s and {e} = 2·s + 1.
+# different names. Each entry of NAMES has five names of one module, in the order of LAYOUTS; "-":
+# the layout has none. A name that begins with a dot belongs to a block, and follows its BLOCK_NAME.
+# {s} is the stage and {b} the block, from 0 on. In torchvision stage s is features.{e}, with
+# e = 2·s + 1, and the layer before it is features.{d}, with d = 2·s.
 LAYOUTS = ("native", "meta", "timm", "torchvision", "huggingface")
-BLOCK = ("stages.{s}.{b}", "stages.{s}.{b}", "stages.{s}.blocks.{b}", "features.{e}.{b}",
-         "encoder.stages.{s}.layers.{b}")
+BLOCK_NAME = ("stages.{s}.{b}", "stages.{s}.{b}", "stages.{s}.blocks.{b}", "features.{e}.{b}",
+              "encoder.stages.{s}.layers.{b}")
 NAMES = """
-downsample_layers.0.0 =    stem.0                features.0.0 embeddings.patch_embeddings
-downsample_layers.0.1 =    stem.1                features.0.1 embeddings.layernorm
-downsample_layers.{s}.0 =  stages.{s}.downsample.0 features.{d}.0
-                                               encoder.stages.{s}.downsampling_layer.0
-downsample_layers.{s}.1 =  stages.{s}.downsample.1 features.{d}.1
-                                               encoder.stages.{s}.downsampling_layer.1
-head.norm             norm head.norm             classifier.0 layernorm
-head.fc               head head.fc               classifier.2 classifier
-.dwconv               =          .conv_dw           .block.0         .dwconv
-.norm                 =          .norm              .block.2         .layernorm
-.mlp.pwconv1          .pwconv1   .mlp.fc1           .block.3         .pwconv1
-.mlp.grn.gamma        .grn.gamma .mlp.grn.weight    -                .grn.weight
-.mlp.grn.beta         .grn.beta  .mlp.grn.bias      -                .grn.bias
-.mlp.pwconv2          .pwconv2   .mlp.fc2           .block.5         .pwconv2
-.layer_scale.gamma    .gamma     .gamma             .layer_scale     .layer_scale_parameter
+downsample_layers.0.0    downsample_layers.0.0    stem.0                   features.0.0
+                                                           embeddings.patch_embeddings
+downsample_layers.0.1    downsample_layers.0.1    stem.1                   features.0.1
+                                                           embeddings.layernorm
+downsample_layers.{s}.0  downsample_layers.{s}.0  stages.{s}.downsample.0  features.{d}.0
+                                                           encoder.stages.{s}.downsampling_layer.0
+downsample_layers.{s}.1  downsample_layers.{s}.1  stages.{s}.downsample.1  features.{d}.1
+                                                           encoder.stages.{s}.downsampling_layer.1
+head.norm                norm                     head.norm                classifier.0
+                                                           layernorm
+head.fc                  head                     head.fc                  classifier.2
+                                                           classifier
+.dwconv             .dwconv      .conv_dw         .block.0      .dwconv
+.norm               .norm        .norm            .block.2      .layernorm
+.mlp.pwconv1        .pwconv1     .mlp.fc1         .block.3      .pwconv1
+.mlp.grn.gamma      .grn.gamma   .mlp.grn.weight  -             .grn.weight
+.mlp.grn.beta       .grn.beta    .mlp.grn.bias    -             .grn.bias
+.mlp.pwconv2        .pwconv2     .mlp.fc2         .block.5      .pwconv2
+.layer_scale.gamma  .gamma       .gamma           .layer_scale  .layer_scale_parameter
 """
 SHAPES = {  # the parameters with a different shape, by a part of their native name
     "meta": {".grn.": "c -> 1 1 1 c"},
     "torchvision": {".gamma": "c -> c 1 1"},
     "huggingface": {".grn.": "c -> 1 1 1 c"},
 }
+
+def variant_of(depths: tuple[int, ...], dims: tuple[int, ...], grn: bool) -> str | None:
+    """Return the name of the variant with these stages, or None if there is none."""
+    for name, variant in VARIANTS.items():
+        if (variant.depths, variant.dims, variant.grn) == (tuple(depths), tuple(dims), grn):
+            return name
+    return None
+
 # timm has 1x1 convolutions in place of linear layers, in these variants alone.
 TIMM_1X1 = [name for name in VARIANTS if name.endswith(("atto", "femto", "pico", "nano"))]
 TIMM_1X1_SHAPES = {".pwconv1.weight": "o i -> o i 1 1", ".pwconv2.weight": "o i -> o i 1 1"}
@@ -788,26 +801,25 @@ def name_table() -> dict[str, dict[str, str]]:
     for start in range(0, len(names), len(LAYOUTS)):
         row = {}
         of_module = names[start : start + len(LAYOUTS)]
-        for layout, name, block in zip(LAYOUTS, of_module, BLOCK, strict=True):
-            name = of_module[0] if name == "=" else name
+        for layout, name, block in zip(LAYOUTS, of_module, BLOCK_NAME, strict=True):
             row[layout] = block + name if name.startswith(".") else name
         rows[row["native"]] = row
     return rows
 
-TABLE = name_table()
+NAME_TABLE = name_table()
 
 @cache
-def pattern(text: str) -> str:
+def to_regex(text: str) -> str:
     """Turn a name of the table into a regular expression whose groups are called s, d, e and b."""
     return re.sub(r"\\{(.)\\}", r"(?P<\1>\\d+)", re.escape(text))
 
-def renamed(name: str, old: str, new: str) -> str | None:
+def rename(name: str, old: str, new: str) -> str | None:
     """Translate a parameter's name from one layout into another; None if it is unknown there.
 
     For example, "stages.2.8.mlp.pwconv1.weight" is "stages.2.blocks.8.mlp.fc1.weight" in timm.
     """
-    for row in TABLE.values():  # the stem's come first, so {s} of later rows is not a stem's 0
-        match = re.fullmatch(pattern(row[old]) + r"(?P<end>\.weight|\.bias|)", name)
+    for row in NAME_TABLE.values():  # the stem's come first, so {s} of later rows is not a stem's 0
+        match = re.fullmatch(to_regex(row[old]) + r"(?P<end>\.weight|\.bias|)", name)
         if match is None or row[new] == "-":
             continue
         found = match.groupdict()
@@ -817,7 +829,7 @@ def renamed(name: str, old: str, new: str) -> str | None:
         return row[new].format(**numbers) + found["end"]
     return None
 
-def unwrapped(model: nn.Module) -> ConvNeXt:
+def unwrap(model: nn.Module) -> ConvNeXt:
     """Return the ConvNeXt inside torch.compile, DataParallel, AveragedModel or the like. TypeError
     if there is none."""
     if isinstance(model, nn.Module):
@@ -832,13 +844,14 @@ def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
     In the other libraries V1 always has LayerScale. A V1 without it is written with γ = 1, which
     computes the same. Hugging Face's last norm has ε = 1e-12 unless you configure
     layer_norm_eps=1e-6. Its names have no prefix "convnext." if the network has no classes, as in
-    its ConvNextModel. timm and torchvision cannot build every stem: in their model, replace it by
-    one of your patch size. timm's V2 has LayerScale only with ls_init_value. Raises ValueError for
-    an unknown layout or parameter, and for a network that the library lacks.
+    its ConvNextModel. timm's V2 has LayerScale only with ls_init_value. torchvision's stem always
+    has patches of 4x4 pixels, and timm halves the map once more after patches of 2x2: for another
+    patch size, replace the stem in their model. Raises ValueError for an unknown layout or
+    parameter, and for a network that the library lacks.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
-    model = unwrapped(model)
+    model = unwrap(model)
     state = model.state_dict()
     if layout == "native":
         return state
@@ -850,16 +863,17 @@ def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
         raise ValueError("ConvNeXt V2 has no LayerScale there; fold_layer_scale removes it")
     if layout == "timm" and len(depths) != 4:
         raise ValueError(f"timm's ConvNeXt always has 4 stages, this one has {len(depths)}")
-    for name, bias in list(state.items()):
-        if not grn and name.endswith(".dwconv.bias"):  # as long as γ
-            gamma_name = name.replace("dwconv.bias", "layer_scale.gamma")
-            state.setdefault(gamma_name, torch.ones_like(bias))
+    if not grn:
+        for name, bias in list(state.items()):
+            if name.endswith(".dwconv.bias"):  # one in each block, with as many numbers as γ
+                gamma_name = name.replace("dwconv.bias", "layer_scale.gamma")
+                state.setdefault(gamma_name, torch.ones_like(bias))
     shapes = SHAPES.get(layout, {})
     if layout == "timm" and variant_of(depths, model.dims, grn) in TIMM_1X1:
         shapes = TIMM_1X1_SHAPES
     exported = {}
     for native, tensor in state.items():
-        name = renamed(native, "native", layout)
+        name = rename(native, "native", layout)
         if name is None:
             raise ValueError(f"{native} has no name in the layout {layout!r}")
         if layout == "huggingface" and "head.fc.weight" in state and "classifier" not in name:
@@ -915,38 +929,38 @@ def read_file(path: str | PathLike) -> tuple[Mapping, dict[str, str]]:
         raise ValueError(f"cannot read {path}: {line.strip().partition('. ')[0]}") from error
 
 DOWNLOADS = ("timm:", "hf:", "https:")
-SAVED = "model.safetensors", "pytorch_model.bin"  # what save_pretrained calls the weights
-SETTINGS = "config.json", "preprocessor_config.json"  # what it calls their description
+WEIGHT_FILES = "model.safetensors", "pytorch_model.bin"  # what save_pretrained calls the weights
+CONFIG_FILES = "config.json", "preprocessor_config.json"  # what it calls their description
 
 def read_source(source: str | PathLike) -> tuple[Mapping, dict[str, str], dict[str, Any]]:
     """Read the content, the metadata and the settings of a file, a folder or a download.
 
     source: timm:NAME, hf:REPO, the path or https address of a .safetensors, .pt, .pth or .bin file,
-    or a folder that save_pretrained wrote. What is fetched is kept for the next time.
+    or a folder that save_pretrained wrote. What is fetched is kept for the next time. The files
+    config.json and preprocessor_config.json beside a file are read, too.
 
     settings: what is known about the images and classes, some of mean and std (lists), img_size,
     crop_pct (None if the whole image is squeezed, without a crop) and classes (names in the order
-    of the logits). Raises FileNotFoundError, ValueError for a file that cannot be read,
-    ConnectionError without a connection, and other errors of timm and huggingface_hub.
+    of the logits). Raises FileNotFoundError, ValueError for a file that cannot be read or if they
+    describe another network, ConnectionError where timm or huggingface_hub have no connection,
+    urllib's URLError for an address, and other errors of timm and huggingface_hub.
     """
     path = os.path.expanduser(source)
-    kind, colon, name = path.partition(":")
-    kind += colon  # "timm" alone is the name of a file or folder
-    if kind == "http:":
+    if path.startswith("http:"):
         raise ValueError(f"{source}: give an address that begins with https:")
     try:
-        if kind == "timm:":
-            return fetch_from_timm(name)
-        if kind == "hf:":
-            path = fetch_from_hub(name)
+        if path.startswith("timm:"):
+            return fetch_from_timm(path.removeprefix("timm:"))
+        if path.startswith("hf:"):
+            path = fetch_from_hub(path.removeprefix("hf:"))
     except FileNotFoundError as error:  # huggingface_hub's error without a connection is one
         raise ConnectionError(f"cannot fetch {source}: {error}") from error
-    if kind == "https:":
+    if path.startswith("https:"):
         return *fetch_address(path), {}
     if os.path.isdir(path):
-        present = [name for name in SAVED if os.path.exists(os.path.join(path, name))]
+        present = [name for name in WEIGHT_FILES if os.path.exists(os.path.join(path, name))]
         if not present:
-            raise ValueError(f"{source} holds neither {' nor '.join(SAVED)}")
+            raise ValueError(f"{source} holds neither {' nor '.join(WEIGHT_FILES)}")
         path = os.path.join(path, present[0])
     return *read_file(path), read_settings(os.path.dirname(path))
 
@@ -962,9 +976,9 @@ def fetch_from_hub(repository: str) -> str:
     """Fetch weights and settings from a repository of Hugging Face; return the folder."""
     from huggingface_hub import snapshot_download
 
-    folder = snapshot_download(repository, allow_patterns=[SAVED[0], *SETTINGS])
-    if not os.path.exists(os.path.join(folder, SAVED[0])):
-        folder = snapshot_download(repository, allow_patterns=[SAVED[1], *SETTINGS])
+    folder = snapshot_download(repository, allow_patterns=[WEIGHT_FILES[0], *CONFIG_FILES])
+    if not os.path.exists(os.path.join(folder, WEIGHT_FILES[0])):
+        folder = snapshot_download(repository, allow_patterns=[WEIGHT_FILES[1], *CONFIG_FILES])
     return folder
 
 def fetch_address(address: str) -> tuple[Mapping, dict[str, str]]:
@@ -983,10 +997,12 @@ def fetch_address(address: str) -> tuple[Mapping, dict[str, str]]:
 
 def refuse_other_network(source: str, epsilons: set[float], activations: set[str]) -> None:
     """Raise ValueError if these, which do not show in the tensors, are not those of ConvNeXt."""
-    if epsilons - {1e-6}:
-        raise ValueError(f"{source} is another network: its norms have ε = {max(epsilons)}")
-    if activations - {"gelu"}:
-        raise ValueError(f"{source} is another network: its activation is {max(activations)}")
+    other_epsilons = epsilons - {1e-6}
+    if other_epsilons:
+        raise ValueError(f"{source} is another network: its norms have ε = {max(other_epsilons)}")
+    other_activations = activations - {"gelu"}
+    if other_activations:
+        raise ValueError(f"{source} is another network: its activation is {max(other_activations)}")
 
 def refuse_other_timm_network(source: str, model: nn.Module) -> None:
     """Raise ValueError if ε or activation of timm's network are not those of ConvNeXt."""
@@ -1007,19 +1023,21 @@ def read_json(path: str) -> dict[str, Any]:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 def read_settings(folder: str) -> dict[str, Any]:
-    """Read what the SETTINGS files in a folder say, as far as they are there; see read_source."""
-    config, images = (read_json(os.path.join(folder, name)) for name in SETTINGS)
-    if "architecture" in config:
+    """Read what the CONFIG_FILES in a folder say, as far as they are there; see read_source."""
+    config, images = (read_json(os.path.join(folder, name)) for name in CONFIG_FILES)
+    path = os.path.join(folder, CONFIG_FILES[0])
+    if "pretrained_cfg" in config:
         import timm
 
         with torch.device("meta"):
             model = timm.create_model(config["architecture"], **(config.get("model_args") or {}))
-        refuse_other_timm_network(folder, model)
-    if "pretrained_cfg" in config:
+        refuse_other_timm_network(path, model)
         return timm_settings(config | config["pretrained_cfg"])
+    if "convnext" not in config.get("model_type", "convnext"):
+        config = {}  # it belongs to something else in this folder
     # transformers uses layer_norm_eps in the last norm alone. On 1e-12 see load_weights.
-    refuse_other_network(folder, {config.get("layer_norm_eps", 1e-12)} - {1e-12},
-                         {config.get("hidden_act", "gelu")})
+    epsilons = {config.get("layer_norm_eps", 1e-12)} - {1e-12}
+    refuse_other_network(path, epsilons, {config.get("hidden_act", "gelu")})
     labels = config.get("id2label") or {}
     classes = [labels.get(str(i)) for i in range(len(labels))]
     if None in classes or classes == [f"LABEL_{i}" for i in range(len(labels))]:
@@ -1047,12 +1065,6 @@ def timm_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         settings["crop_pct"] = None if squeezed else config["crop_pct"]
     return settings
 
-class Weights(NamedTuple):
-    """A checkpoint with native names and shapes."""
-
-    tensors: dict[str, Tensor]
-    settings: dict[str, Any]  # see read_source
-
 # Regular expressions for other spellings of the layouts' names, and what they become.
 SPELLINGS = {
     r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.": "",
@@ -1068,11 +1080,11 @@ OPENMMLAB_AND_DINOV3 = {  # from the names of mmpretrain, and of DINOv3 in trans
 # Norms of the maps that a backbone returns, which a classifier has no place for.
 OUTPUT_NORMS = r"(hidden_states_norms\.\w+|norms\.\d|norm\d)\.(weight|bias)"
 
-def flattened(content: Mapping, path: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(content: Mapping, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of nested dicts, with their names joined by dots."""
     for name, value in content.items():
         if isinstance(value, Mapping):
-            yield from flattened(value, f"{path}{name}.")
+            yield from flatten(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", value
 
@@ -1080,7 +1092,8 @@ def find_network(names: list[str]) -> tuple[str, str]:
     """Return layout and prefix of the network whose parameters are among these names."""
     networks = {}
     for layout in LAYOUTS:
-        marker = pattern(TABLE["stages.{s}.{b}.mlp.pwconv1"][layout])  # differs in each layout
+        # the names of this layer differ in each layout
+        marker = to_regex(NAME_TABLE["stages.{s}.{b}.mlp.pwconv1"][layout])
         for name in names:
             match = re.fullmatch(rf"(|.*\.){marker}\.weight", name)
             if match:
@@ -1093,8 +1106,10 @@ def find_network(names: list[str]) -> tuple[str, str]:
         raise ValueError(f"these are several networks, {', '.join(prefixes)}: pass one of them")
     return networks[prefixes[0]], prefixes[0]
 
-def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
-    """Read the weights of a ConvNeXt from a checkpoint in any layout. source: see load_weights.
+def read_weights(source: Mapping | str | PathLike) -> dict[str, Tensor]:
+    """Read the weights of a ConvNeXt in any layout, and return them with native names and shapes.
+
+    source: a state dict, or what read_source takes.
 
     Training programs nest a state dict (`model`, `state_dict`, ...) and put prefixes before its
     names (`module.`, `backbone.`, ...). The prefix is whatever stands before the name of any
@@ -1103,11 +1118,9 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
     for anything but a ConvNeXt with finite weights, TypeError for what is neither a state dict nor
     a file's name, and what read_source raises.
     """
-    if isinstance(source, Weights):
-        return source
-    content, settings = source, {}
+    content = source
     if isinstance(source, str | PathLike):
-        content, _, settings = read_source(source)
+        content, _, _ = read_source(source)
     if not isinstance(content, Mapping):
         raise TypeError(f"weights are a state dict or a file, not a {type(content).__name__}")
     if "state_dict" in content and "ema_state_dict" in content:
@@ -1116,7 +1129,7 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
             raise ValueError("the average may be state_dict (as MMEngine writes it) or "
                              "ema_state_dict: pass one of them")
         content = content["state_dict"]
-    values = list(flattened(content))
+    values = list(flatten(content))
     spellings = SPELLINGS
     if any(re.search(r"\d\.pointwise_conv1\.", name) for name, _ in values):
         spellings = SPELLINGS | OPENMMLAB_AND_DINOV3
@@ -1132,7 +1145,7 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
         if not name.startswith(prefix) or not isinstance(tensor, Tensor):
             continue
         name = re.sub(r"^convnext(v2)?\.", "", name.removeprefix(prefix))
-        native = renamed(name, layout, "native")
+        native = rename(name, layout, "native")
         if native is None and not tensor.is_floating_point():  # a counter
             continue
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -1148,7 +1161,7 @@ def read_weights(source: Weights | Mapping | str | PathLike) -> Weights:
         elif "pwconv" in native and tensor.shape[2:] == (1, 1):
             tensor = rearrange(tensor, "o i 1 1 -> o i")
         tensors[native] = tensor
-    return Weights(tensors, settings)
+    return tensors
 
 class Report(NamedTuple):
     """What load_weights did, with native names."""
@@ -1157,11 +1170,11 @@ class Report(NamedTuple):
     kept: list[str]  # parameters of the model that kept their values
     left_out: list[str]  # tensors of the source whose names the model does not have
 
-def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
-                 strict: bool = False) -> Report:
+def load_weights(model: nn.Module, source: Mapping | str | PathLike, strict: bool = False
+                 ) -> Report:
     """Copy weights into the model, in place.
 
-    source: a state dict, what read_source takes, or what read_weights returned; in any layout.
+    source: a state dict in any layout, or what read_source takes.
 
     The model keeps its classifier if the source has none or one for another number of classes, and
     its stem if the source's has other patches or channels. With strict=True, both are errors. The
@@ -1172,8 +1185,8 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
     The last norm of Hugging Face's networks has ε = 1e-12, this model's has 1e-6, which differs
     only where the variance of the features is nearly as small.
     """
-    model = unwrapped(model)
-    tensors = read_weights(source).tensors
+    model = unwrap(model)
+    tensors = read_weights(source)
     state = model.state_dict()
 
     def shape(place: Mapping[str, Tensor], name: str) -> str:
@@ -1208,9 +1221,9 @@ def load_weights(model: nn.Module, source: Weights | Mapping | str | PathLike,
     model.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     return Report(loaded, kept, left_out)
 
-def infer_architecture(weights: Weights) -> dict[str, Any]:
-    """Derive ConvNeXt's arguments from the tensors; ValueError if they lack a stage or the stem."""
-    tensors = weights.tensors
+def infer_architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Derive ConvNeXt's arguments from what read_weights returns. ValueError if a stage or the stem
+    is missing."""
     stages = [name.split(".")[1] for name in tensors if name.endswith(".dwconv.weight")]
     depths = tuple(stages.count(str(s)) for s in range(len(set(stages))))
     filters = [tensors.get(f"stages.{s}.0.dwconv.weight") for s in range(len(depths))]
@@ -1225,18 +1238,18 @@ def infer_architecture(weights: Weights) -> dict[str, Any]:
             "num_classes": len(classifier) if has_classes else 0,
             "layer_scale": 1e-6 if "stages.0.0.layer_scale.gamma" in tensors else 0.0}
 
-def from_checkpoint(source: Weights | Mapping | str | PathLike) -> ConvNeXt:
+def from_checkpoint(source: Mapping | str | PathLike) -> ConvNeXt:
     """Build the network that a checkpoint holds, with its weights, in evaluation mode.
 
     source: see load_weights. The number and size of the stages, of classes (none for a backbone),
     channels and patches follow from the tensors. Raises ValueError for whatever does not fit.
     """
-    weights = read_weights(source)
+    tensors = read_weights(source)
     with torch.device("meta"):  # draws no random numbers that would be overwritten at once
-        model = ConvNeXt(**infer_architecture(weights))
+        model = ConvNeXt(**infer_architecture(tensors))
     model.to_empty(device="cpu")
     model.head.norm.reset_parameters()  # a backbone has no last norm to load
-    load_weights(model, weights, strict=True)
+    load_weights(model, tensors, strict=True)
     return model.eval()
 
 
@@ -1292,8 +1305,12 @@ def speed_up(model: nn.Module) -> nn.Module:
 
 # The number types for which FastDepthwiseConv was measured to be faster than PyTorch's convolution,
 # by the vector instructions of the CPU.
-CPU = torch.backends.cpu.get_cpu_capability() if torch.backends.mkldnn.is_available() else ""
-FAST_DTYPES = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}.get(CPU, ())
+CPU_CAPABILITY = ""
+if torch.backends.mkldnn.is_available():
+    CPU_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+
+DTYPES = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}
+FAST_DTYPES = DTYPES.get(CPU_CAPABILITY, ())
 
 class FastDepthwiseConv(DepthwiseConv):
     """DepthwiseConv with the backward pass of DepthwiseGradient."""

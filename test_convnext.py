@@ -128,7 +128,7 @@ def randomise(model):
 def four_blocks(num_classes=10):
     """A small network with every kind of layer."""
     return randomise(convnext.ConvNeXt(
-        (1, 1, 1, 1), (8, 16, 24, 32), num_classes=num_classes, grn=True))
+        (1, 1, 1, 1), (8, 16, 24, 32), num_classes=num_classes, grn=True, layer_scale=1e-6))
 
 def logits_of(network, x):
     with torch.inference_mode():
@@ -168,11 +168,11 @@ def test_published_size_and_cost(variant, variant_lines):
     digit = 0.01 if published < 3 else 0.1 if published < 100 else 1  # the last printed
     assert abs(float(counted) - published) <= 0.51 * digit
 
-def sized_peer(library, depths, dims, grn=False, layer_scale=1e-6, patch_size=4,
+def sized_peer(library, depths, dims, grn=False, layer_scale=None, patch_size=4,
                num_classes=5):
     """The library's network of any size."""
     if library == "timm":
-        scale = None if grn and not layer_scale else 1e-6  # V1 always has it there
+        scale = 1e-6 if layer_scale or not grn else None  # V1 always has it there
         return timm.models.ConvNeXt(
             depths=depths, dims=dims, use_grn=grn, num_classes=num_classes,
             patch_size=patch_size, ls_init_value=scale)
@@ -233,7 +233,7 @@ def test_the_same_function_both_ways(variant, request):
         assert_close(logits, expected, atol=1e-5, rtol=1e-5)
         print(f"{variant:9} {library:12} {(logits - expected).abs().max().item():.1e}")
         source = exported if library == "meta" else peer.state_dict()
-        tensors, _ = convnext.read_weights(source)
+        tensors = convnext.read_weights(source)
         # nothing was copied, so the same memory means that a tensor has its name again
         for name, parameter in model.named_parameters():
             assert tensors.pop(name).data_ptr() == parameter.data_ptr(), name
@@ -263,10 +263,10 @@ def test_names_and_shapes_both_ways(variant):
 ONE = {"depths": (2,), "dims": (16,)}
 FOUR = {"depths": (1, 2, 1, 1), "dims": (8, 24, 96, 16)}
 SIX = {"depths": (1, 1, 1, 1, 1, 11), "dims": (8, 8, 16, 16, 24, 24)}
-V2 = {"grn": True, "layer_scale": 0.0}
+V2 = {"grn": True}
 
 @pytest.mark.parametrize(("library", "options"), [
-    ("timm", FOUR), ("timm", FOUR | V2), ("timm", FOUR | {"grn": True}),
+    ("timm", FOUR), ("timm", FOUR | V2), ("timm", FOUR | V2 | {"layer_scale": 1e-6}),
     ("timm", FOUR | {"layer_scale": 0.0}),
     ("torchvision", ONE), ("torchvision", SIX | {"layer_scale": 0.0}),
     ("torchvision", FOUR | {"patch_size": 2}),
@@ -334,7 +334,7 @@ def test_same_gradients_as_timm_and_torchvision(speed_up, variant, library):
     F.cross_entropy(peer(x), y).backward()
     expected = {name: p.grad for name, p in peer.named_parameters()}
     for name, p in model.named_parameters():
-        gradient = expected.pop(convnext.renamed(name, "native", library))
+        gradient = expected.pop(convnext.rename(name, "native", library))
         assert_close(p.grad, gradient.reshape(p.shape), atol=1e-5, rtol=1e-4)
     assert not expected
 
@@ -489,7 +489,7 @@ def test_swin_block_is_torchvisions(shift):
     for name, theirs in (("attention.", "attn."), ("pwconv1", "0"), ("pwconv2", "3")):
         ours = {key.replace(name, theirs): p for key, p in ours.items()}
     # torchvision's table has a row per relative position; its offsets count the other way
-    ours["attn.relative_position_bias_table"] = ours.pop("attn.bias").T
+    ours["attn.relative_position_bias_table"] = ours.pop("attn.position_bias").T
     ours["attn.relative_position_index"] = block.attention.index.flatten()
     peer.load_state_dict(ours)
     x = torch.randn(2, 14, 21, 32)
@@ -502,7 +502,7 @@ def test_window_attention_is_torchvisions(shift):
 
     layer = convnext.WindowAttention(32, shift)
     with torch.no_grad():
-        bias = rearrange(layer.bias.normal_()[:, layer.index], "heads q k -> 1 heads q k")
+        bias = rearrange(layer.position_bias.normal_()[:, layer.index], "heads q k -> 1 heads q k")
         for size in ((7, 14), (14, 21)):  # an axis with one window is not shifted
             x = torch.randn(2, 32, *size)
             peer = shifted_window_attention(
@@ -746,7 +746,7 @@ def test_the_same_images_are_augmented_by_seed_and_step(small):
     data, batches = train.prepare_data(recipe), []
     for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
         seeded = dataclasses.replace(recipe, seed=seed)
-        source = train.BatchReader(data, seeded, epoch_steps=3)
+        source = train.BatchReader(data, seeded, steps_per_epoch=3)
         batches.append(source[step, [*range(8)]][0])
     assert torch.equal(batches[0], batches[1])
     for one, other in itertools.combinations(batches[1:], 2):
@@ -1020,10 +1020,18 @@ def test_evaluation_is_timms(device, mirrored):
         logits = (logits + logits_of(model, TF.horizontal_flip(x)).cpu()) / 2
     accuracies = timm.utils.accuracy(logits, data.labels, (1, 5))
     expected = [F.cross_entropy(logits, data.labels), *accuracies]
-    batches = train.evaluation_batches(data, 0)
+    batches = train.evaluation_batches(data, train.Recipe())
     scores = train.evaluate(model.train(), batches, mean, std, torch.float32, mirrored)
     assert [*scores] == ["loss", "top1", "top5"]
     assert [*scores.values()] == pytest.approx([e.item() for e in expected], rel=1e-4)
+
+def test_a_smaller_batch_needs_less_memory_in_the_evaluation_too():
+    """Which runs out of memory where only a few images fit."""
+    data = train.draw_shapes(260, 32, seed=0)
+    for batch_size, accumulate, largest in ((128, 1, 250), (10, 1, 80), (10, 5, 16)):
+        recipe = train.Recipe(batch_size=batch_size, accumulate=accumulate)
+        sizes = [len(labels) for _, labels in train.evaluation_batches(data, recipe)]
+        assert max(sizes) == largest and sum(sizes) == 260
 
 @pytest.mark.parametrize(("size", "given", "share", "mode"), [
     (224, None, 0.875, "center"), (288, 0.95, 0.95, "center"), (384, None, 1.0, "squash"),
@@ -1517,7 +1525,7 @@ BYTES = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
      "uint8 and shape .n, 3, h, w., not torch.float"),
     (lambda: train.Images(BYTES[:, :2], [0, 1], [*"ab"]), r"not torch.uint8 and \(2, 2, 4, 4\)"),
     (lambda: train.Images(BYTES, [0], [*"ab"]), "there are 2 images, but 1 labels"),
-    (lambda: train.Images(BYTES, [0, 2], [*"ab"]), "labels must be numbers from 0 to 1"),
+    (lambda: train.Images(BYTES, [0, 2], [*"ab"]), "labels must be indices from 0 to 1"),
     (lambda: train.Recipe(epochs="3"), r"a whole number in \[1, 1000000\], not '3'"),
     (lambda: train.Recipe(lr="x"), r"--lr must be a number in \(0, inf\), not 'x'"),
     (lambda: train.Recipe(epochs=True), "--epochs must be a whole number"),
@@ -1555,6 +1563,14 @@ def test_grn_in_half_precision_is_rounded_once_or_twice(dtype):
     error, eps = (y - expected).abs(), torch.finfo(dtype).eps
     assert (error <= eps * (expected.abs() + eps)).all()
     assert (y != x).any() == (dtype == torch.float16)  # bfloat16 does not show 1e-3
+
+def test_v2_of_any_size_has_no_layer_scale():
+    """As in V2's paper, so other libraries have such a network."""
+    model = convnext.ConvNeXt((1, 1), (8, 16), grn=True)
+    assert not any("layer_scale" in name for name, _ in model.named_parameters())
+    assert "stages.0.0.grn.gamma" in export_state_dict(model, "meta")
+    scaled = convnext.ConvNeXt((1,), (8,), grn=True, layer_scale=0.5)
+    assert (scaled.stages[0][0].layer_scale.gamma == 0.5).all()
 
 def test_grn_of_a_dead_channel_has_finite_gradients():
     x = torch.randn(2, 3, 3, 4)
@@ -1990,10 +2006,9 @@ def test_timm_is_asked_for_weights_and_settings(name, img_size, crop_pct, tmp_pa
         return str(path)
 
     monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
-    weights = convnext.read_weights(f"timm:{name}")
+    _, _, settings = convnext.read_source(f"timm:{name}")
     assert asked == [f"timm/{name}"]
-    assert weights.settings == {**train.IMAGENET, "img_size": img_size,
-                                "crop_pct": crop_pct}
+    assert settings == {**train.IMAGENET, "img_size": img_size, "crop_pct": crop_pct}
 
 @pytest.mark.parametrize(("name", "error", "message"), [
     ("timm:convnext_teeny", RuntimeError, "Unknown model"),
@@ -2028,9 +2043,9 @@ def test_a_repository_is_fetched_as_a_folder(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     (tmp_path / "config.json").write_text('{"id2label": {"0": "a", "1": "b", "2": "c"}}')
-    weights = convnext.read_weights("hf:who/what")
-    assert weights.settings == {"classes": ["a", "b", "c"]}
-    assert torch.equal(from_checkpoint(weights)(X), model(X))
+    content, _, settings = convnext.read_source("hf:who/what")
+    assert settings == {"classes": ["a", "b", "c"]}
+    assert torch.equal(from_checkpoint(content)(X), model(X))
     assert asked[0] == ("who/what", "model.safetensors")
     assert asked[1:] == [("who/what", name)] * (name == "pytorch_model.bin")
 
@@ -2069,20 +2084,22 @@ TIMMS = {"mean": [0.5], "std": [0.25], "input_size": [3, 288, 288], "crop_pct": 
         "image_std": [0.4, 0.5, 0.6]}, {
         "img_size": 96, "crop_pct": 0.9, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
         id="transformers' processor"),
-    pytest.param({"label_names": ["a", "b", "c"], "pretrained_cfg": TIMMS}, {}, {
+    pytest.param({"architecture": "convnext_atto", "label_names": ["a", "b", "c"],
+                  "pretrained_cfg": TIMMS}, {}, {
         "classes": ["a", "b", "c"], "mean": [0.5], "std": [0.25], "img_size": 288,
         "crop_pct": 1.0}, id="timm's")])
 def test_settings_beside_the_weights(config, images, settings, tmp_path):
     saved_atto(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
-    assert convnext.read_weights(tmp_path).settings == settings
+    assert convnext.read_source(tmp_path)[2] == settings
 
 @pytest.mark.parametrize(("config", "message"), [
-    ('{"architecture": "test_convnext2"}', "another network: its norms have ε = 1e-05"),
-    ('{"architecture": "convnext_atto", "model_args": {"act_layer": "silu"}}',
-     "another network: its activation is silu"),
-    ('{"hidden_act": "gelu_new"}', "another network: its activation is gelu_new"),
+    ('{"architecture": "test_convnext2", "pretrained_cfg": {}}',
+     "config.json is another network: its norms have ε = 1e-05"),
+    ('{"architecture": "convnext_atto", "model_args": {"act_layer": "silu"}, "pretrained_cfg": {}}',
+     "config.json is another network: its activation is silu"),
+    ('{"hidden_act": "gelu_new"}', "config.json is another network: its activation is gelu_new"),
     ('{"layer_norm_eps": 1e-3}', "another network: its norms have ε = 0.001"),
     ("{", "config.json: Expecting"), ("[1, 2]", "cannot read .*config.json")])
 def test_another_network_in_the_config_is_refused(config, message, tmp_path):
@@ -2091,6 +2108,13 @@ def test_another_network_in_the_config_is_refused(config, message, tmp_path):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=message):
         from_checkpoint(tmp_path / "renamed.pth")
+
+@pytest.mark.parametrize("config", [
+    '{"architecture": "unet", "lr": 1e-3}', '{"model_type": "bert", "hidden_act": "relu"}'])
+def test_a_config_of_something_else_means_nothing(config, tmp_path):
+    saved_atto(tmp_path / "weights.pth")
+    (tmp_path / "config.json").write_text(config)
+    assert convnext.read_source(tmp_path / "weights.pth")[2] == {}
 
 # --- Steps, fine-tuning and teachers
 
@@ -2168,7 +2192,7 @@ def test_attentions_bias_does_not_decay():
     groups = train.parameter_groups(attention, 0.1)
     undecayed = [group for group in groups if not group["weight_decay"]]
     names = parameter_names(attention, *undecayed)
-    assert names == ["0.bias", "0.qkv.bias", "0.proj.bias"]
+    assert names == ["0.position_bias", "0.qkv.bias", "0.proj.bias"]
 
 def test_the_average_of_whole_numbers_is_not_taken():
     """In 30 steps, 661 entries of attention's index would change."""
@@ -2330,7 +2354,7 @@ def test_a_network_is_saved_and_built_again_by_its_description(small, line):
     run = prepared(f"{line} --patch-size 2 --device cpu --amp off -j 0 "
                    "--dataset synthetic")
     run.folder.mkdir()
-    run.step = run.total
+    run.step = run.total_steps
     randomise(run.ema.module)  # unlike the weights themselves
     train.save(run)
     x = torch.randn(2, 3, 32, 32)
@@ -2531,6 +2555,14 @@ def test_16_bit_files_that_are_not_full_are_no_black_pictures(tmp_path, capsys, 
     assert abs(shown - np.linspace(0, white, 70).reshape(7, 10)).max() <= 1
     assert "are read as" in capsys.readouterr().err
 
+def test_a_note_of_other_processes_is_shown_once(small, capfd):
+    for path in make_folder("data").glob("*/*/*"):
+        path.unlink()
+        values = np.full((80, 80), 999, np.uint16)  # 16 bits, but below 2¹²
+        PIL.Image.fromarray(values).save(path.with_suffix(".png"))
+    assert outcome(f"{LARGE} -j 2 --epochs 3 --output run") == "0"
+    assert capfd.readouterr().err.count("are read as 12-bit pictures") == 1
+
 @pytest.mark.parametrize(("tag", "meaning", "expected"), [
     pytest.param(338, 2, ON_WHITE, id="transparency"),
     pytest.param(338, 0, RGB, id="unspecified"),
@@ -2715,17 +2747,17 @@ def test_classes_in_another_order_are_evaluated_in_the_order_of_the_weights(smal
         assert f"test loss {loss:.4f}  top-1 {top1:.2f} %" in said.out
         assert "assum" not in said.err
     ended = outcome(f"{FOLDER} --teacher turned.pt --output x")
-    assert "turned.pt has 2 classes: b cat, a dog. The images here have 2 classes, or in" in ended
+    assert "turned.pt has 2 classes (b cat, a dog). The images here have others, or the" in ended
     torch.save(state | {"classes": ["fox", "wolf"]}, "foxes.pt")
     ended = outcome("--eval-only foxes.pt --device cpu --amp off")
-    assert "foxes.pt has 2 classes: fox, wolf. The images here have 2 classes" in ended
+    assert "foxes.pt has 2 classes (fox, wolf). The images here have others" in ended
     shutil.rmtree("data/val/b cat")
     assert outcome("--eval-only run/last.pt --device cpu --amp off") == "0"
     assert "there are no test images of b cat" in capsys.readouterr().err
 
 @pytest.mark.parametrize(("count", "said"), [
     (2, "assuming that the outputs of hf are a dog (0), b cat (1)"),
-    (3, "hf has 3 classes: wolf 0, wolf 1, wolf 2. The images here have 2 classes")])
+    (3, "hf has 3 classes (wolf 0, wolf 1, wolf 2). The images here have 2 classes (a dog")])
 def test_other_names_of_the_classes(small, capsys, count, said):
     """As many are taken for the same classes, in the same order, with a note."""
     make_folder("data")
@@ -2830,7 +2862,9 @@ def test_a_run_leaves_what_is_promised(small, capsys):
     assert json.loads(Path("run/args.json").read_text())["epochs"] == 2
     Path("plain").touch()  # not 0600: colleagues can read the weights
     assert os.stat("run/weights.safetensors").st_mode == os.stat("plain").st_mode
-    assert "run holds a run: give --resume run/last.pt, or another" in outcome(line)
+    assert "run holds a run, last.pt: give another --output" in outcome(line)
+    os.remove("run/last.pt")  # to save space
+    assert "run holds a run, weights.safetensors: give another" in outcome(line)
 
 def test_tensorboard_shows_what_metrics_csv_has(small):
     """Each epoch once, also those that a resumed run takes again."""
@@ -3431,28 +3465,6 @@ def test_unknown_errors_keep_their_traceback(small, monkeypatch):
     with pytest.raises(RuntimeError, match="a bug"):
         outcome(f"{QUICK} --output run")
 
-@posix
-def test_printing_ends_no_run(tmp_path):
-    """To closed streams, a pipe that nobody reads, an ASCII terminal or a full disk: all at once,
-    since each takes seconds to start."""
-    make_folder(tmp_path / "data", ("ünï 😀", "b"), images=1)
-    line = f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'train.py'))}"
-    line += f" {SMALLEST} --dataset folder -b 2 --epochs 1"
-    all_streams = {"closed": ">&- 2>&-", "unread": "| true", "ascii": ""}
-    if os.path.exists("/dev/full"):
-        all_streams["full"] = ">/dev/full 2>/dev/full"
-    runs = {}
-    for name, streams in all_streams.items():
-        runs[name] = subprocess.Popen(
-            ["sh", "-c", f"({line} --output {name}; echo $? >{name}.code) {streams}"],
-            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
-    for name, run in runs.items():
-        printed, errors = run.communicate()
-        assert (tmp_path / f"{name}.code").read_text() == "0\n" and "Traceback" not in errors
-        assert (tmp_path / name / "weights.safetensors").exists()
-        assert (r"(b, \xfcn\xef \U0001f600)" in printed) == (name == "ascii")
-
 def test_a_run_in_a_thread(small):
     """Where no signals can be caught."""
     with ThreadPoolExecutor() as pool:
@@ -3513,11 +3525,69 @@ def test_downloads_that_fail_give_the_clients_reason(small, monkeypatch, source,
         assert ended.startswith("UserError: ") and source in ended and str(error) in ended
         assert "no such file" not in ended and not Path("x").exists()
 
-# --- The notebook -----------------------------------------------------------------------
+# --- Beside the other tests -------------------------------------------------------------
 
-def test_notebook(monkeypatch):
-    """Runs from a clean kernel without CIFAR-10, with a short training; solutions are
-    right."""
+def executed_notebook():
+    """The notebook after a run from a clean kernel, without CIFAR-10 and with a short training.
+    The solutions of its exercises stand in the cells that check them."""
+    notebook = nbformat.read(HERE / "walkthrough.ipynb", as_version=4)
+    for before, cell in itertools.pairwise(notebook.cells):
+        solution = re.search(r"<summary>Solutions?</summary>\s+```python([^`]*)```",
+                             before.source)
+        if solution:
+            checks = [f"assert {call}" for call
+                      in re.findall(r"(?m:^check\(\w+\))", cell.source)]
+            cell.source += solution[1] + "\n".join(checks)
+    training, = [cell for cell in notebook.cells if "SIZE, STEPS = 24, 250" in cell.source]
+    training.source = training.source.replace("24, 250", "24, 3").replace("1000", "100")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("CIFAR10_FOLDER", None)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": HERE}})
+    return client.execute(env=environment)
+
+def printing_runs(folder):
+    """Four runs, one after another, that print to closed streams, to a pipe that nobody reads, to
+    an ASCII terminal and to a full disk."""
+    make_folder(folder / "data", ("ünï 😀", "b"), images=1)
+    line = f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'train.py'))}"
+    line += f" {SMALLEST} --dataset folder -b 2 --epochs 1"
+    all_streams = {"closed": ">&- 2>&-", "unread": "| true", "ascii": ""}
+    if os.path.exists("/dev/full"):
+        all_streams["full"] = ">/dev/full 2>/dev/full"
+    lines = [f"({line} --output {name}; echo $? >{name}.code) {streams}"
+             for name, streams in all_streams.items()]
+    process = subprocess.Popen(
+        ["sh", "-c", "; ".join(lines)], cwd=folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
+    return process, [folder / name for name in all_streams]
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request, tmp_path_factory):
+    """What two of the tests run in other processes begins before the first test, since it takes
+    long and needs one core alone. Nothing is run for a test that is not selected."""
+    selected = {item.name for item in request.session.items}
+    torch.set_num_threads(1)  # the other core is theirs
+    begun = {}
+    with ThreadPoolExecutor() as pool:
+        if "test_printing_ends_no_run" in selected and os.name == "posix":
+            begun["printing"] = printing_runs(tmp_path_factory.mktemp("printing"))
+        if "test_notebook" in selected:
+            begun["notebook"] = pool.submit(executed_notebook)
+        yield begun
+
+@posix
+def test_printing_ends_no_run(beside):
+    process, folders = beside["printing"]
+    printed, errors = process.communicate()
+    for folder in folders:
+        assert folder.with_suffix(".code").read_text() == "0\n"
+        assert (folder / "weights.safetensors").exists()
+    assert r"(b, \xfcn\xef \U0001f600)" in printed and "Traceback" not in errors
+
+def test_notebook(beside):
+    """It was committed with its outputs and keeps to its limits; and it runs, and the solutions
+    of its exercises are right."""
     path = HERE / "walkthrough.ipynb"
     notebook = nbformat.read(path, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -3531,18 +3601,5 @@ def test_notebook(monkeypatch):
     assert not any(re.search(r"\n#{1,2} ", text) for text in texts)
     assert len(notebook.cells) <= 110 and len(" ".join(texts).split()) <= 7500
     assert path.stat().st_size < 1.6e6
-    solved = 0
-    for before, cell in itertools.pairwise(notebook.cells):
-        solution = re.search(r"<summary>Solutions?</summary>\s+```python([^`]*)```",
-                             before.source)
-        if solution:
-            checks = [f"assert {call}" for call
-                      in re.findall(r"(?m:^check\(\w+\))", cell.source)]
-            cell.source += solution[1] + "\n".join(checks)
-            solved += len(checks)
-    assert solved == 16
-    training, = [cell for cell in cells if "SIZE, STEPS = 24, 250" in cell.source]
-    training.source = training.source.replace("24, 250", "24, 3").replace("1000", "100")
-    monkeypatch.delenv("CIFAR10_FOLDER", raising=False)
-    NotebookClient(notebook, timeout=300,
-                   resources={"metadata": {"path": HERE}}).execute()
+    executed = beside["notebook"].result()
+    assert sum(cell.source.count("assert check(") for cell in executed.cells) == 16

@@ -59,7 +59,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.optim import swa_utils
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parent))  # Python's option -P leaves this folder out
@@ -81,7 +81,7 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 WORKERS = min(8, usable_cpus())
-SMALL = 64  # images of up to so many pixels are read once and kept in memory
+SMALL = 64  # pixels: images up to this side are read once and kept in memory
 
 @dataclass(frozen=True)
 class Recipe:
@@ -180,7 +180,8 @@ class Recipe:
     def __post_init__(self) -> None:
         check_values(self)
         for name, kind in TYPES.items():
-            if kind is float and getattr(self, name) is not None:  # 1 -> 1.0
+            # torchvision's CutMix fails for an alpha that is the whole number 1
+            if kind is float and getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
@@ -193,9 +194,14 @@ class Recipe:
         return self.epochs - off
 
     @property
+    def at_once(self) -> int:
+        """The most images that are in memory at once in a training step."""
+        return math.ceil(self.batch_size / self.accumulate)
+
+    @property
     def stride(self) -> int:
         """The network's total stride: images must be at least this large."""
-        stages = len(self.depths) if self.depths and not self.road else 4
+        stages = len(self.depths) if self.depths else 4
         return self.patch_size * 2 ** (stages - 1)
 
     def size_at(self, epoch: int) -> int:
@@ -210,24 +216,24 @@ FAST = {
     "schedule": "linear", "min_lr": 0.0, "batch_size": 256, "epochs": 40, "ema_horizon": 0.0,
     "rand_augment": 5.0, "mix_prob": 0.0, "start_size": 24, "tta": True}
 
-def fast(network: Recipe) -> dict[str, Any]:
-    """FAST. Its 24 pixels in the first half are for images of 32, and a total stride of 8."""
-    fits = network.img_size == 32 and FAST["start_size"] % network.stride == 0
+def fast(given: Recipe) -> dict[str, Any]:
+    """FAST. Its start size of 24 pixels needs images of 32, and a total stride that divides 24."""
+    fits = given.img_size == 32 and FAST["start_size"] % given.stride == 0
     return FAST if fits else FAST | {"start_size": 0}
 
-def finetune(network: Recipe) -> dict[str, Any]:
+def finetune(given: Recipe) -> dict[str, Any]:
     """The settings of the paper's fine-tuning from ImageNet-22K to ImageNet-1K (table 6). V2 gets
     those of V1. `fit_to_data` changes some of them for small data sets."""
-    size = network_name(network).removeprefix("ConvNeXt-").removeprefix("v2_")
-    scale = network.batch_size / 512  # the paper's batch size
+    size = network_name(given).removeprefix("ConvNeXt-").removeprefix("v2_")
+    scale = given.batch_size / 512  # the paper's batch size
     drop_path = {"small": 0.1, "base": 0.2, "large": 0.3, "xlarge": 0.4, "huge": 0.4}  # huge: ours
     return {
         "epochs": 30, "lr": 5e-5 * scale, "warmup_epochs": 0.0,
         "weight_decay": 1e-8, "rand_augment": 9.0, "mixup": 0.0, "cutmix": 0.0,
         "random_erase": 0.25, "label_smoothing": 0.1, "clip_grad": 0.0,
         # Networks of the road know neither of these two.
-        "layer_decay": 1.0 if network.road else 0.8,
-        "head_init_scale": 1.0 if network.road else 0.001, "drop_path": drop_path.get(size, 0.0),
+        "layer_decay": 1.0 if given.road else 0.8,
+        "head_init_scale": 1.0 if given.road else 0.001, "drop_path": drop_path.get(size, 0.0),
         # The paper averages with decay 0.9999, over some 1 / (1 - 0.9999) = 10,000 steps, for
         # XLarge only. It takes 75,000 steps, so this is a share of 0.13.
         "ema_horizon": 0.13 if size == "xlarge" else 0.0}
@@ -263,9 +269,10 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
         if not recipe.resume:
             recipe = replace(recipe, output=new_folder(recipe))
             stack.enter_context(lock(Path(recipe.output)))
-            if Path(recipe.output, "last.pt").exists():
-                raise UserError(f"{recipe.output} holds a run: give --resume "
-                                f"{recipe.output}/last.pt, or another --output")
+            for name in ("last.pt", "weights.safetensors"):
+                if Path(recipe.output, name).exists():
+                    raise UserError(f"{recipe.output} holds a run, {name}: give another --output, "
+                                    "or continue the run by --resume")
         if splits:
             recipe = replace(recipe, dataset="python")
         check_early(recipe)
@@ -276,7 +283,7 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
         describe(run)
         train(run)
         # A signal that comes while the finished run is saved has nothing to stop.
-        if run.stopped_by and (run.step < run.total or run.to_measure):
+        if run.stopped_by and (run.step < run.total_steps or run.to_measure):
             last = run.folder / "last.pt"
             say(f"stopped; to go on: python train.py --resume {shlex.quote(str(last))}", sys.stderr)
             return 128 + run.stopped_by
@@ -298,8 +305,8 @@ class Run:
     teacher: Teacher | None
     init_note: str  # where the initial weights come from
     macs: int  # multiply-accumulates for one image
-    epoch_steps: int
-    total: int  # steps
+    steps_per_epoch: int
+    total_steps: int
     step: int = 0  # steps taken so far
     history: list[dict] = field(default_factory=list)  # a row per epoch, as in metrics.csv
     sums: dict[str, Any] = field(default_factory=dict)  # over the steps of the present epoch
@@ -344,16 +351,17 @@ def prepare_run(recipe: Recipe, data: Data, source: Source | None) -> Run:
     if device.type == "cpu" and not recipe.compile:
         model = convnext.speed_up(model)
     model.to(device)
-    epoch_steps = max(1, len(data.train) // recipe.batch_size)
-    total = epoch_steps * recipe.epochs
+    steps_per_epoch = max(1, len(data.train) // recipe.batch_size)
+    total_steps = steps_per_epoch * recipe.epochs
     run = Run(
         recipe, Path(recipe.output), data, device, precision, model,
-        ema=average_of(model, recipe.ema_horizon * total) if recipe.ema_horizon else None,
+        ema=average_of(model, recipe.ema_horizon * total_steps) if recipe.ema_horizon else None,
         optimizers=make_optimizers(model, recipe, precision),
         # The gradients' range is too small for float16 alone: they are scaled up, and back down.
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         teacher=load_teacher(recipe, data, device) if recipe.teacher else None,
-        init_note=init_note, macs=macs, epoch_steps=epoch_steps, total=total)
+        init_note=init_note, macs=macs, steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps)
     if recipe.resume:
         load_state(run, source.state)
     if recipe.compile:
@@ -376,8 +384,9 @@ def describe(run: Run) -> None:
         f"data    {r.dataset}: {len(data.train):,} training + {len(data.val or []):,} held-out + "
         f"{len(data.test):,} test images, {len(data.classes)} classes ({shorten(data.classes)})\n"
         f"device  {run.device}, {str(run.precision)[6:]}, torch {torch.__version__}\n"
-        f"steps   {r.epochs} epochs x {run.epoch_steps} of {min(r.batch_size, len(data.train))} "
-        f"images, {names}, {rates}, weight decay {r.weight_decay:g}, seed {r.seed}\n"
+        f"steps   {r.epochs} epochs x {run.steps_per_epoch} of "
+        f"{min(r.batch_size, len(data.train))} images, {names}, {rates}, "
+        f"weight decay {r.weight_decay:g}, seed {r.seed}\n"
         f"run     {run.folder}")
     if r.recipe != "scratch" and not r.resume:
         chosen = [as_typed(name, value) for name, value in asdict(r).items()
@@ -387,25 +396,25 @@ def describe(run: Run) -> None:
 def train(run: Run) -> None:
     """Train from where the run stands to its last step, or to a signal."""
     r = run.recipe
-    progress = tqdm(total=run.total, initial=run.step, unit="step", disable=None)
+    progress = tqdm(total=run.total_steps, initial=run.step, unit="step", disable=None)
     with catch_signals(run), progress:
         if run.to_measure:  # the run was stopped between an epoch and its evaluation
             measure_epoch(run)
-        if run.step == run.total or run.stopped_by:
+        if run.step == run.total_steps or run.stopped_by:
             save(run)  # writes weights.safetensors if the finished run lacks it
             return
         interval = 60 if progress.disable else 5  # seconds; looking at the loss makes a GPU wait
         ended = checked = time.perf_counter()
         for x, targets in training_batches(run):
-            if run.step % run.epoch_steps == 0:
+            if run.step % run.steps_per_epoch == 0:
                 zero = torch.zeros((), device=run.device)
                 run.sums = {"loss": zero, "seconds": 0.0, "waiting": 0.0}
             x = x.to(run.device, memory_format=torch.channels_last, non_blocking=True)
             targets = targets.to(run.device, non_blocking=True)
             run.sums["waiting"] += time.perf_counter() - ended
 
-            lr = lr_at(run.step, run.total, round(r.warmup * run.epoch_steps), r.lr, r.min_lr,
-                       r.schedule)
+            warmup = round(r.warmup * run.steps_per_epoch)
+            lr = lr_at(run.step, run.total_steps, warmup, r.lr, r.min_lr, r.schedule)
             torch.manual_seed(seed_for(r.seed, "network", run.step))  # for stochastic depth
             run.sums["loss"] += train_step(run.model, run.optimizers, x, targets, lr, r,
                                            run.precision, run.scaler, run.teacher)
@@ -415,14 +424,14 @@ def train(run: Run) -> None:
             run.sums["lr"] = lr
             progress.update()
 
-            epoch_is_over = run.step % run.epoch_steps == 0
+            epoch_is_over = run.step % run.steps_per_epoch == 0
             now = time.perf_counter()
             if epoch_is_over or now - checked > interval:
                 loss = check_finite(run)
                 progress.set_postfix(epoch=len(run.history) + 1, loss=f"{loss:.3f}")
                 if progress.disable and not epoch_is_over:
-                    say(f"epoch {len(run.history) + 1}: step {run.step} of {run.total}, mean loss "
-                        f"{loss:.3f}")
+                    say(f"epoch {len(run.history) + 1}: step {run.step} of {run.total_steps}, "
+                        f"mean loss {loss:.3f}")
                 checked = now = time.perf_counter()
             run.sums["seconds"] += now - ended
             if epoch_is_over:
@@ -430,16 +439,16 @@ def train(run: Run) -> None:
             if run.stopped_by:
                 break
             ended = time.perf_counter()
-        if run.step % run.epoch_steps:  # at the end of an epoch it is saved already
+        if run.step % run.steps_per_epoch:  # at the end of an epoch it is saved already
             save(run)
 
 def record_epoch(run: Run) -> None:
     """Save the epoch, then measure: whatever happens in an evaluation, the epoch is not lost."""
     sums = run.sums
-    images = run.epoch_steps * min(run.recipe.batch_size, len(run.data.train))
+    images = run.steps_per_epoch * min(run.recipe.batch_size, len(run.data.train))
     run.history.append({
         "epoch": len(run.history) + 1, "step": run.step,
-        "train_loss": sums["loss"].item() / run.epoch_steps, "lr": sums["lr"],
+        "train_loss": sums["loss"].item() / run.steps_per_epoch, "lr": sums["lr"],
         "seconds": sums["seconds"], "images_per_s": images / sums["seconds"],
         "data_share": sums["waiting"] / sums["seconds"]})  # of the time, spent waiting for images
     epoch = len(run.history)
@@ -478,7 +487,7 @@ def measure(run: Run) -> dict[str, float]:
         models[f"{split}_ema"] = run.ema
     scores = {}
     for prefix, model in models.items():
-        batches = evaluation_batches(data.val or data.test, run.recipe.workers)
+        batches = evaluation_batches(data.val or data.test, run.recipe)
         batches = itertools.takewhile(lambda batch: not run.stopped_by, batches)
         for name, value in evaluate(model, batches, data.mean, data.std, run.precision).items():
             scores[f"{prefix}_{name}"] = value
@@ -524,16 +533,17 @@ def training_loss(recipe: Recipe, logits: Tensor, targets: Tensor,
     loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
     if teacher_logits is None:
         return loss
-    distance = distillation_loss(logits, teacher_logits, recipe.distill_temperature)
-    return (1 - recipe.distill_alpha) * loss + recipe.distill_alpha * distance
+    alpha = recipe.distill_alpha
+    distillation = distillation_loss(logits, teacher_logits, recipe.distill_temperature)
+    return (1 - alpha) * loss + alpha * distillation
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T² · KL(softmax(teacher_logits / T) ‖ softmax(logits / T)), from Hinton et al., 2015.
     The teacher's small probabilities say which classes are alike, and T > 1 raises them. The
     gradients shrink with 1 / T², which the factor T² undoes."""
-    ours = (logits / temperature).log_softmax(1)
-    theirs = (teacher_logits / temperature).log_softmax(1)
-    return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    student = (logits / temperature).log_softmax(1)
+    teacher = (teacher_logits / temperature).log_softmax(1)
+    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
 # --- 4. Evaluation ------------------------------------------------------------------------------
@@ -555,24 +565,28 @@ def report_run(run: Run) -> None:
 def report_source(source: Source, recipe: Recipe, splits: tuple | None = None) -> None:
     """Print the scores of --eval-only's weights on the test images."""
     test = splits[1] if splits else load_split(recipe, train=False)
-    theirs, here = {*(source.classes or ())}, {*test.classes}
+    theirs = {*(source.classes or ())}
+    here = {*test.classes}
+    # Published weights may say "tench" where the data set says "n01440764".
+    other_names = theirs and theirs.isdisjoint(here) and not source.settings
     if theirs >= here:
         test = in_order(test, source.classes)
-    elif theirs and not theirs & here and source.num_classes == len(here) and not source.settings:
+    elif other_names and source.num_classes == len(here):
         note(f"{source.name} names its classes in another way: {shorten(source.classes)}")
-        source = replace(source, classes=None)  # "tench", where the data set has "n01440764"
+        source = replace(source, classes=None)
     check_classes(source, test.classes)
-    test = prepare_images(test, recipe)
     device = pick_device(recipe.device)
+    precision = pick_precision(recipe.amp, device)
+    test = prepare_images(test, recipe)
     model = load_network(source).to(device, memory_format=torch.channels_last)
     mean, std = source.statistics
-    report(source.name, model, test, mean, std, recipe, pick_precision(recipe.amp, device))
+    report(source.name, model, test, mean, std, recipe, precision)
 
 def report(name: str, model: nn.Module, images: Images, mean: Tensor, std: Tensor, recipe: Recipe,
            precision: torch.dtype) -> None:
     """Print the scores of a network on the test images."""
-    for tta in (False, True) if recipe.tta else (False,):
-        batches = evaluation_batches(images, recipe.workers)
+    for tta in [False, True] if recipe.tta else [False]:
+        batches = evaluation_batches(images, recipe)
         scores = evaluate(model, batches, mean, std, precision, tta)
         # Five classes or fewer always have a top-5 accuracy of 100 %.
         top5 = f"  top-5 {scores['top5']:.2f} %" if len(images.classes) > 5 else ""
@@ -606,18 +620,19 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], mean: T
 
 
 # --- 5. The optimizers --------------------------------------------------------------------------
-def lr_at(step: int, total: int, warmup: int, peak: float, floor: float,
+def lr_at(step: int, total_steps: int, warmup: int, peak: float, min_lr: float,
           schedule: str = "cosine") -> float:
-    """The learning rate of step 0 ... total - 1. It rises linearly for `warmup` steps, then falls
-    to `floor`: as half a cosine, which ends there in the last step, or linearly, which would end
-    there one step later. It depends on the step alone, so a stopped run has no state to lose."""
+    """The learning rate of step 0 ... total_steps - 1. It rises linearly for `warmup` steps, then
+    falls to `min_lr`: as half a cosine, which ends there in the last step, or linearly, which
+    would end there one step later. It depends on the step alone, so a stopped run has no state to
+    lose."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "linear":
-        progress = (step - warmup) / max(1, total - warmup)
-        return peak + (floor - peak) * progress
-    progress = (step - warmup) / max(1, total - 1 - warmup)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        return peak + (min_lr - peak) * progress
+    progress = (step - warmup) / max(1, total_steps - 1 - warmup)
+    return min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 def make_optimizers(model: nn.Module, recipe: Recipe,
                     precision: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
@@ -655,8 +670,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     return list(groups.values())
 
 def takes_muon(name: str, p: Tensor) -> bool:
-    """Whether Muon trains a parameter: the matrices and the dense filters of the blocks. Each row
-    of a depthwise filter has a channel of its own, so there is nothing to orthogonalize."""
+    """Whether Muon trains a parameter: the matrices and the dense filters of the blocks. The
+    filters of a depthwise convolution see different channels, so making them orthogonal to each
+    other has no meaning."""
     parts = ("pwconv1", "pwconv2", "branch", "shortcut", "qkv", "proj")
     in_block = any(part in parts for part in name.split("."))
     is_dense = p.ndim >= 2 and p.shape[1] > 1
@@ -683,9 +699,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal (https://kellerjordan.github.io/posts/muon).
 
     An orthogonal step is equally long in all directions, so those in which the gradient is small
-    are learned as fast as the others. A filter (o, i, h, w) is a matrix of o rows. This is
-    torch.optim.Muon, which takes matrices alone, and which always multiplies in bfloat16: on a CPU
-    without it that is several times slower than float32.
+    are learned as fast as the others. A filter (o, i, h, w) is a matrix of o rows. This computes
+    what torch.optim.Muon does. That one takes only matrices, and it always multiplies in bfloat16,
+    which is several times slower than float32 on a CPU without it.
     """
     def __init__(self, groups: list[dict], lr: float, precision: torch.dtype) -> None:
         super().__init__(groups, {"lr": lr, "momentum": 0.95, "weight_decay": 0.0})
@@ -701,9 +717,9 @@ class Muon(torch.optim.Optimizer):
         gradient = p.grad.flatten(1)
         if not self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(gradient)
-        average = self.state[p]["momentum_buffer"]
-        average.lerp_(gradient, 1 - momentum)
-        direction = orthogonalize(gradient.lerp(average, momentum), self.precision)
+        buffer = self.state[p]["momentum_buffer"]
+        buffer.lerp_(gradient, 1 - momentum)
+        direction = orthogonalize(gradient.lerp(buffer, momentum), self.precision)
         rows, columns = direction.shape
         scale = max(1, rows / columns) ** 0.5
         p.mul_(1 - lr * weight_decay)
@@ -723,17 +739,17 @@ def orthogonalize(x: Tensor, precision: torch.dtype = torch.float32, steps: int 
 
 def average_of(model: nn.Module, horizon: float) -> swa_utils.AveragedModel:
     """A running average of the weights: after each step, average += (weights - average) / horizon.
-    horizon: in steps, a share of the run. The usual decay of 0.9999 looks back 10,000 steps, which
-    is too far in a run of 20,000."""
+    horizon: how many steps the average looks back; --ema-horizon is this as a share of the run. The
+    usual decay of 0.9999 looks back 10,000 steps, which is too far in a run of 20,000."""
     decay = 1 - 1 / max(1, horizon)
-    # BatchNorm's statistics belong to the weights. Other buffers are constant, so without BatchNorm
-    # none is averaged: an average of integers would be rounded.
+    # BatchNorm's running statistics belong to the weights, so they are averaged, too. All other
+    # buffers are constant, and some are integers, which an average would round.
     has_statistics = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     return swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay),
                                    use_buffers=has_statistics)
 
 
-# --- 6. The network -----------------------------------------------------------------------------
+# --- 6. The network and its device --------------------------------------------------------------
 NETWORK = ("variant", "depths", "dims", "grn", "road", "width")  # the settings that describe one
 
 def build_network(recipe: Recipe, classes: int) -> nn.Module:
@@ -770,10 +786,10 @@ def fan_in_init(model: convnext.ConvNeXt) -> None:
     With inputs of variance 1, the outputs of a linear layer have the standard deviation of its
     weights times sqrt(fan_in). The paper's 0.02 makes that 0.55 at 768 channels, but 0.13 at 40:
     there the two linear layers of a branch, with the GELU between them, shrink its input to 0.016,
-    and it has to grow before it can learn. Here each layer keeps the scale, at any width. Those of
-    a branch's last layer are divided by sqrt(2 · blocks), so that all branches together add less
-    than their input, at any depth. Cutting the normal distribution at two standard deviations
-    leaves 0.88 of these values.
+    and it has to grow before it can learn. Here each layer keeps the scale, at any width. The
+    weights of a branch's last layer, pwconv2, are divided by sqrt(2 · blocks) as well, so that all
+    branches together add less than their input, at any depth. The normal distribution is cut at two
+    standard deviations, which leaves 0.88 of each of these values.
     """
     blocks = sum(len(stage) for stage in model.stages)
     for name, module in model.named_modules():
@@ -789,7 +805,7 @@ def local_init(model: convnext.ConvNeXt) -> None:
     """Draw depthwise filters that are smooth and strongest in the middle, in place.
 
     Filters of independent random weights mix each position with 48 others to equal parts, and the
-    layers after it hardly see the position itself. Trained filters are smooth, and in the early
+    layers after them hardly see the position itself. Trained filters are smooth, and in the early
     stages strongest in the middle. So each filter here is the sum of two parts of norm 1. One has a
     single 1 in the centre and passes each position on as it is. The other is noise, blurred and
     fading away from the centre: with a standard deviation of 1 position in the first block, of 2.5
@@ -830,7 +846,7 @@ def load_initial(model: nn.Module, source: Source, classes: list[str], recipe: R
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # `describe` prints what was kept
-                kept = convnext.load_weights(model, convnext.Weights(tensors, {})).kept
+                kept = convnext.load_weights(model, tensors).kept
     if recipe.freeze_backbone:
         untrained = [name for name in kept if not name.startswith("head.")]
         if untrained:
@@ -922,28 +938,29 @@ def crop_and_flip(x: Tensor, padding: int, flip: float) -> Tensor:
     mirrored = torch.rand(b, 1, 1, 1) < flip
     return torch.where(mirrored, x.flip(3), x)
 
-def rand_augment(x: Tensor, level: float) -> Tensor:
+def rand_augment(x: Tensor, magnitude: float) -> Tensor:
     """RandAugment (Cubuk et al., 2019) in the paper's version, timm's rand-m9-mstd0.5-inc1.
 
     Twice, each image draws one of the fifteen operations and applies it with probability 1/2. Its
-    strength is drawn from N(level, 0.5) / 10, where 1 is the operation's largest. (torchvision's
-    magnitude of 9 means 9 of 30, always applied.) x: (b, 3, h, w) from 0 to 1, changed in place.
+    magnitude is drawn from N(magnitude, 0.5) / 10, where 1 is the operation's largest. (In
+    torchvision a magnitude of 9 means 9 of 30, always applied.) x: (b, 3, h, w) from 0 to 1,
+    changed in place.
     """
     b = len(x)
     for _ in range(2):
         choice = torch.randint(len(RAND_AUGMENT_OPS), (b,))
         choice[torch.rand(b) < 0.5] = -1  # no operation
-        strength = (level + 0.5 * torch.randn(b)).clamp(0, 10) / 10
-        strength = torch.where(torch.rand(b) < 0.5, strength, -strength)
+        drawn = (magnitude + 0.5 * torch.randn(b)).clamp(0, 10) / 10
+        drawn = torch.where(torch.rand(b) < 0.5, drawn, -drawn)
         for index, operation in enumerate(RAND_AUGMENT_OPS.values()):
             chosen = (choice == index).nonzero()[:, 0]
             if len(chosen):
-                m = rearrange(strength[chosen], "b -> b 1 1 1")
+                m = rearrange(drawn[chosen], "b -> b 1 1 1")
                 x[chosen] = operation(x[chosen], m)
     return x
 
 # The operations of RandAugment, with timm's ranges. x: (b, 3, h, w) from 0 to 1. m: (b, 1, 1, 1),
-# the strength from -1 to 1. Operations with one direction ignore its sign.
+# the magnitude from -1 to 1. Operations with one direction ignore its sign.
 def posterize(x: Tensor, m: Tensor) -> Tensor:
     """Clear the lowest 4 to 8 of a pixel's 8 bits."""
     step = 2 ** (4 + (4 * m.abs()).int())
@@ -972,8 +989,9 @@ def rotate(x: Tensor, m: Tensor) -> Tensor:
     return warp(x, [angle.cos(), -angle.sin(), 0], [angle.sin(), angle.cos(), 0])
 
 def warp(x: Tensor, *rows: list[Tensor | float]) -> Tensor:
-    """y(position) = x(matrix · position), where a position is (x, y, 1), from -1 to 1, and the
-    matrix has two rows of three numbers, or of tensors like m. Grey where x has no pixel."""
+    """Move pixels: result(p) = image(matrix · p) at each position p = (column, row, 1), column and
+    row from -1 to 1. rows: the matrix's two rows of three numbers, or of tensors like m. Grey where
+    the image has no pixel."""
     matrix = torch.empty(len(x), 2, 3)
     for i, row in enumerate(rows):
         for j, value in enumerate(row):
@@ -1002,11 +1020,11 @@ def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     std = rearrange(std.to(x.device), "c -> c 1 1")
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
-def random_erase(x: Tensor, chance: float) -> Tensor:
+def random_erase(x: Tensor, probability: float) -> Tensor:
     """Fill a random rectangle of some images with noise (Zhong et al., 2017). (b, c, h, w)
     It covers 2 to 33 % of the image. The noise has the mean and variance of normalized pixels."""
     b, _, h, w = x.shape
-    tries = 10  # rectangles that do not fit are drawn again, as in torchvision
+    tries = 10  # the first rectangle that fits is taken; torchvision draws until one fits, 10 times
     area = h * w * (0.02 + (1 / 3 - 0.02) * torch.rand(b, tries))
     ratio = torch.exp(math.log(0.3) * (2 * torch.rand(b, tries) - 1))  # 0.3 to 1 / 0.3
     heights = (area * ratio).sqrt().round()
@@ -1019,7 +1037,7 @@ def random_erase(x: Tensor, chance: float) -> Tensor:
     left = (torch.rand(b, 1) * (w - width + 1)).floor()
     rows = (torch.arange(h) >= top) & (torch.arange(h) < top + height)  # (b, h)
     columns = (torch.arange(w) >= left) & (torch.arange(w) < left + width)  # (b, w)
-    erased = (torch.rand(b, 1) < chance) & fits.any(1, keepdim=True)
+    erased = (torch.rand(b, 1) < probability) & fits.any(1, keepdim=True)
     inside = rearrange(rows, "b h -> b 1 h 1") & rearrange(columns, "b w -> b 1 1 w")
     inside &= rearrange(erased, "b 1 -> b 1 1 1")
     return torch.where(inside, torch.randn(x.shape), x)
@@ -1052,14 +1070,14 @@ def prepare_data(recipe: Recipe, source: Source | None = None,
     """Load all images. Their mean and standard deviation are the source's, if there is one."""
     train, test = splits or (load_split(recipe, train=True), load_split(recipe, train=False))
     test = in_order(test, train.classes)
-    every = prepare_images(train, recipe)
+    all_train = prepare_images(train, recipe)
     unread_test = test
     test = prepare_images(test, recipe)
-    empty = {*range(len(train.classes))} - {*every.labels.tolist()}
+    empty = {*range(len(train.classes))} - {*all_train.labels.tolist()}
     if empty:
         names = shorten([train.classes[i] for i in sorted(empty)])
         raise UserError(f"there are no training images of {names} that can be read")
-    train, val = hold_out(every, recipe.val_size)
+    train, val = hold_out(all_train, recipe.val_size)
     if train.in_memory and recipe.img_size > SMALL:
         note(f"images above {SMALL} pixels in a tensor are neither cropped nor shifted; a list of "
              "arrays or a folder is")
@@ -1069,17 +1087,19 @@ def prepare_data(recipe: Recipe, source: Source | None = None,
     if source:
         mean, std = source.statistics
     else:
-        mean, std = channel_statistics(every, recipe.workers)
-    # A large test image may turn out to be damaged late, and be left out when the run is resumed.
-    test_print = fingerprint(test if test.in_memory else unread_test, recipe)
-    return Data(train, val, test, every.classes, mean, std, fingerprint(every, recipe), test_print)
+        mean, std = channel_statistics(all_train, recipe)
+    # Large images are read only when they are needed. With --skip-bad, a test image that is damaged
+    # during the run is left out at its resume, so the list before that counts.
+    test_fingerprint = fingerprint(test if test.in_memory else unread_test, recipe)
+    return Data(train, val, test, all_train.classes, mean, std, fingerprint(all_train, recipe),
+                test_fingerprint)
 
 @dataclass
 class Images(Dataset):
-    """Images and their classes. A list of numbers selects a batch.
+    """Images and their classes. A list of indices selects a batch.
 
     images: bytes (n, 3, h, w); or a list of paths or of arrays (h, w, 3) of bytes, which are read
-    when they are needed. labels: (n,), numbers of classes. to_square: makes a square picture of one
+    when they are needed. labels: (n,), indices of classes. to_square: makes a square picture of one
     of any size, once `prepare_images` has set it.
     """
     images: Tensor | Sequence[str | np.ndarray]
@@ -1098,9 +1118,9 @@ class Images(Dataset):
                             f"{x.dtype} and {tuple(x.shape)}")
         if len(x) != len(self.labels):
             raise UserError(f"there are {len(x)} images, but {len(self.labels)} labels")
-        numbers = {*self.labels.flatten().tolist()}
-        if self.labels.ndim != 1 or not numbers <= {*range(len(self.classes))}:
-            raise UserError(f"labels must be numbers from 0 to {len(self.classes) - 1}, of a class "
+        used = {*self.labels.flatten().tolist()}
+        if self.labels.ndim != 1 or not used <= {*range(len(self.classes))}:
+            raise UserError(f"labels must be indices from 0 to {len(self.classes) - 1}, of a class "
                             "each")
 
     @property
@@ -1110,33 +1130,29 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, numbers: list[int]) -> tuple[Tensor, Tensor] | UserError:
-        """Bytes (b, 3, h, w) and labels (b,). An error is returned, and raised by the main process:
-        another process could raise only a text that contains its traceback."""
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Bytes (b, 3, h, w) and labels (b,)."""
         if self.in_memory:
-            return self.images[numbers], self.labels[numbers]
-        try:
-            return torch.stack([self.read(number) for number in numbers]), self.labels[numbers]
-        except UserError as error:
-            return error
+            return self.images[indices], self.labels[indices]
+        return torch.stack([self.read(index) for index in indices]), self.labels[indices]
 
-    def read(self, number: int) -> Tensor:
-        item = self.images[number]
+    def read(self, index: int) -> Tensor:
+        item = self.images[index]
         try:
             return TF.pil_to_tensor(self.to_square(as_shown(item)))
         except Exception as error:  # Pillow raises anything for a damaged file
-            name = item if isinstance(item, str) else f"number {number}"
+            name = item if isinstance(item, str) else f"number {index}"
             reason = re.sub(r" <.*>", "", first_line(error))  # the address of a buffer in memory
             raise UserError(f"cannot read the image {name} ({reason}); --skip-bad leaves such "
                             "images out, but not training images of a run that is resumed"
                             ) from error
 
-    def subset(self, numbers: Sequence[int]) -> Images:
+    def subset(self, indices: Sequence[int]) -> Images:
         if self.in_memory:
-            images = self.images[list(numbers)]
+            images = self.images[list(indices)]
         else:
-            images = [self.images[i] for i in numbers]
-        return replace(self, images=images, labels=self.labels[list(numbers)])
+            images = [self.images[i] for i in indices]
+        return replace(self, images=images, labels=self.labels[list(indices)])
 
 def in_order(images: Images, classes: list[str]) -> Images:
     """The same images, but their labels count in the order of `classes`."""
@@ -1149,8 +1165,8 @@ def in_order(images: Images, classes: list[str]) -> Images:
     missing = [name for name in classes if name not in images.classes]
     if missing:
         note(f"there are no test images of {shorten(missing)}")
-    numbers = torch.tensor([classes.index(name) for name in images.classes])
-    return replace(images, labels=numbers[images.labels], classes=classes)
+    new_labels = torch.tensor([classes.index(name) for name in images.classes])
+    return replace(images, labels=new_labels[images.labels], classes=classes)
 
 def load_split(recipe: Recipe, train: bool) -> Images:
     """The training or the test images, not read yet."""
@@ -1187,7 +1203,9 @@ def load_folder(recipe: Recipe, train: bool) -> Images:
         place = root
         found = {}
         for name, paths in find_images(root).items():
-            found[name] = [path for i, path in enumerate(paths) if train != (i % 5 == 4)]
+            for_test = paths[4::5]
+            for_training = [path for i, path in enumerate(paths) if i % 5 != 4]
+            found[name] = for_training if train else for_test
         note(f"{root} has no folder train or test: every fifth image of each class is a test image")
         if not any(found.values()):
             raise UserError(f"{root} needs five images of a class or more, to use every fifth for "
@@ -1203,7 +1221,8 @@ def load_folder(recipe: Recipe, train: bool) -> Images:
                         + (". --predict takes pictures without classes" if not train else ""))
     if train and len(found) < 2:
         raise UserError(f"{place} has images of one class, {next(iter(found))}; two are needed")
-    paths, labels = [], []
+    paths = []
+    labels = []
     for label, name in enumerate(found):
         paths += found[name]
         labels += [label] * len(found[name])
@@ -1288,6 +1307,7 @@ def draw_shapes(count: int, size: int, seed: int) -> Images:
     axis = torch.linspace(-1, 1, size)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
+        """Random numbers (*shape, 1, 1): one for each picture, or for each of its channels."""
         return low + (high - low) * torch.rand(*shape, 1, 1, generator=generator)
 
     parts = []
@@ -1320,7 +1340,7 @@ def prepare_images(images: Images, recipe: Recipe) -> Images:
         images = without_bad(images)
     if size > SMALL:
         return images
-    batches = tqdm(evaluation_batches(images, recipe.workers), "reading images", disable=None,
+    batches = tqdm(evaluation_batches(images, recipe), "reading images", disable=None,
                    leave=False)
     return replace(images, images=torch.cat([x for x, _ in batches]))
 
@@ -1336,7 +1356,8 @@ def evaluation_square(size: int, crop_pct: float | None) -> T.Transform:
 
 def without_bad(images: Images) -> Images:
     """Leave out what cannot be read."""
-    good, bad = [], []
+    good = []
+    bad = []
     for i in tqdm(range(len(images)), "checking images", disable=None, leave=False):
         try:
             images.read(i)
@@ -1378,7 +1399,11 @@ def as_shown(item: str | np.ndarray) -> Image.Image:
 def to_8_bits(values: np.ndarray) -> Image.Image:
     """A grey picture of 16 bits. Cameras and scanners store 12 or 8 bits in such files, too."""
     largest = int(values.max(initial=0))
-    bits = 16 if largest >= 2**12 else 12 if largest >= 2**8 else 8
+    bits = 16
+    if largest < 2**12:
+        bits = 12
+    if largest < 2**8:
+        bits = 8
     if bits < 16:
         note(f"16-bit pictures without a value above {2**bits - 1} are read as {bits}-bit pictures")
     return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
@@ -1393,13 +1418,13 @@ def hold_out(images: Images, val_size: float) -> tuple[Images, Images | None]:
     if count >= len(images):
         raise UserError(f"--val-size must be below the {len(images):,} training images")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    # Each image gets its rank among those of its class, from 0 to 1. The first `count` are held
-    # out, which is the same share of each class, as far as possible.
+    # Each image gets its rank among those of its class, from 0 to 1. The `count` images of lowest
+    # rank are held out, which is the same share of each class, as far as possible.
     rank = torch.zeros(len(images), dtype=torch.double)
     for label in range(len(images.classes)):
         members = order[images.labels[order] == label]
         rank[members] = (torch.arange(len(members)) + 0.5).double() / len(members)
-    order = order[rank[order].argsort(stable=True)]
+    order = order[rank[order].argsort(stable=True)]  # equal ranks stay in their random order
     val = images.subset(order[:count].tolist())
     train = images.subset(order[count:].tolist())
     lost = {*images.labels.tolist()} - {*train.labels.tolist()}
@@ -1408,12 +1433,12 @@ def hold_out(images: Images, val_size: float) -> tuple[Images, Images | None]:
         raise UserError(f"--val-size {val_size:g} leaves no training images of {names}")
     return train, val
 
-def channel_statistics(images: Images, workers: int) -> tuple[Tensor, Tensor]:
+def channel_statistics(images: Images, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (3,) of pixels from 0 to 1; above 64x64, of some 2,000 images."""
     if not images.in_memory:
         images = images.subset(range(0, len(images), max(1, len(images) // 2000)))
     sums = torch.zeros(2, 3, dtype=torch.double)
-    for batch, _ in evaluation_batches(images, workers):
+    for batch, _ in evaluation_batches(images, recipe):
         x = batch / 255
         sums[0] += len(x) * reduce(x, "b c h w -> c", "mean")
         sums[1] += len(x) * reduce(x**2, "b c h w -> c", "mean")
@@ -1440,54 +1465,71 @@ def fingerprint(images: Images, recipe: Recipe) -> str:
 def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the augmented batches of all steps that the run has still to take."""
     r = run.recipe
-    reader = BatchReader(run.data, r, run.epoch_steps)
-    order = training_order(len(run.data.train), r.batch_size, r.seed, run.step, run.total)
+    reader = BatchReader(run.data, r, run.steps_per_epoch)
+    order = training_order(len(run.data.train), r.batch_size, r.seed, run.step, run.total_steps)
     return read_in_processes(reader, order, r.workers, pin_memory=run.device.type == "cuda")
 
-def evaluation_batches(images: Images, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_batches(images: Images, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all images in order: bytes (b, 3, h, w) and labels (b,)."""
-    size = 250 if images.in_memory else 64  # large images take more memory
-    numbers = range(len(images))
-    order = (list(numbers[start : start + size]) for start in range(0, len(images), size))
-    return read_in_processes(images, order, 0 if images.in_memory else workers)
+    # Without gradients an image takes less than an eighth of the memory.
+    size = min(8 * recipe.at_once, 250 if images.in_memory else 64)
+    indices = range(len(images))
+    order = (list(indices[start : start + size]) for start in range(0, len(images), size))
+    return read_in_processes(images, order, 0 if images.in_memory else recipe.workers)
 
 def read_in_processes(reader: Dataset, order: Iterable, workers: int,
                       pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield reader[item] for the items in order, computed by other processes ahead of time.
     An item stands for a whole batch, so DataLoader's own way to make batches is turned off."""
-    for batch in DataLoader(reader, batch_size=None, sampler=order, num_workers=workers,
-                            worker_init_fn=prepare_process, pin_memory=pin_memory):
+    for batch, notes in DataLoader(Reporter(reader), batch_size=None, sampler=order,
+                                   num_workers=workers, worker_init_fn=prepare_process,
+                                   pin_memory=pin_memory):
+        for text in notes:
+            note(text)
         if isinstance(batch, UserError):
             raise batch
         yield batch
 
+class Reporter(Dataset):
+    """reader[item] in another process, which hands its errors and notes over to the main one: there
+    an error is raised without a traceback, and a note is shown once."""
+    def __init__(self, reader: Dataset) -> None:
+        self.reader = reader
+
+    def __getitem__(self, item: Any) -> tuple[tuple[Tensor, Tensor] | UserError, list[str]]:
+        try:
+            batch = self.reader[item]
+        except UserError as error:
+            batch = error
+        notes = list(NOTES)
+        NOTES.clear()
+        return batch, notes
+
 def training_order(count: int, batch_size: int, seed: int, first: int,
-                   total: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield, for the steps from `first` on, the step and the numbers of its images. Each epoch is a
+                   total_steps: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield, for the steps from `first` on, the step and the indices of its images. Each epoch is a
     new permutation of all images, without an incomplete batch unless that is the only one."""
-    epoch_steps = max(1, count // batch_size)
-    for step in range(first, total):
-        epoch, position = divmod(step, epoch_steps)
+    steps_per_epoch = max(1, count // batch_size)
+    for step in range(first, total_steps):
+        epoch, position = divmod(step, steps_per_epoch)
         if step == first or position == 0:
             generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
             order = torch.randperm(count, generator=generator).tolist()
         yield step, order[position * batch_size : (position + 1) * batch_size]
 
 class BatchReader(Dataset):
-    """What the reading processes do: (step, numbers of images) -> augmented images and targets. The
+    """What the reading processes do: (step, indices of images) -> augmented images and targets. The
     random numbers follow from the seed and the step, whichever process draws them."""
-    def __init__(self, data: Data, recipe: Recipe, epoch_steps: int) -> None:
-        self.data, self.recipe, self.epoch_steps = data, recipe, epoch_steps
+    def __init__(self, data: Data, recipe: Recipe, steps_per_epoch: int) -> None:
+        self.data, self.recipe, self.steps_per_epoch = data, recipe, steps_per_epoch
 
-    def __getitem__(self, item: tuple[int, list[int]]) -> tuple[Tensor, Tensor] | UserError:
-        step, numbers = item
+    def __getitem__(self, item: tuple[int, list[int]]) -> tuple[Tensor, Tensor]:
+        step, indices = item
         data = self.data
         torch.manual_seed(seed_for(self.recipe.seed, "augmentation", step))
-        batch = data.train[numbers]
-        if isinstance(batch, UserError):
-            return batch
-        return augment(self.recipe, *batch, len(data.classes), data.mean, data.std,
-                       step // self.epoch_steps)
+        images, labels = data.train[indices]
+        return augment(self.recipe, images, labels, len(data.classes), data.mean, data.std,
+                       step // self.steps_per_epoch)
 
 def prepare_process(_worker: int) -> None:
     """Leave signals, which may reach all processes, to the main one."""
@@ -1500,7 +1542,7 @@ def seed_for(seed: int, purpose: str, number: int) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
-# --- 9. Checkpoints -----------------------------------------------------------------------------
+# --- 9. Checkpoints, folders and signals --------------------------------------------------------
 MADE_BY = "train.py, format 3"  # marks this program's files
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "img_size": 224}
 
@@ -1534,20 +1576,20 @@ def open_source(name: str) -> Source:
             network = {key: args[key] for key in ("road", "width", "patch_size", "layer_scale")}
             num_classes = len(saved["classes"])
         else:
-            weights = convnext.read_weights(content)
-            tensors = weights.tensors
-            network = convnext.infer_architecture(weights)
+            tensors = convnext.read_weights(content)
+            network = convnext.infer_architecture(tensors)
             num_classes = network.pop("num_classes")
             channels = network.pop("in_channels")
             if channels != 3:
                 raise ValueError(f"its images have {channels} channels, not 3")
     known = settings | args | saved  # this program stores mean and std beside its settings
-    expects = {key: known[key] for key in (*IMAGENET, "crop_pct") if known.get(key) is not None}
-    if "mean" not in expects:
-        note(f"{name} does not say what images it expects: assuming 224x224 pixels and "
-             "ImageNet's mean and standard deviation")
-    return Source(name, network, num_classes, tensors, IMAGENET | expects,
-                  known.get("classes"), args, saved)
+    said = {key: known[key] for key in (*IMAGENET, "crop_pct") if known.get(key) is not None}
+    expects = IMAGENET | said
+    if not said.keys() >= IMAGENET.keys():
+        size = expects["img_size"]
+        note(f"{name} does not say all about the images that it expects: assuming {size}x{size} "
+             f"pixels, mean {expects['mean']} and standard deviation {expects['std']}")
+    return Source(name, network, num_classes, tensors, expects, known.get("classes"), args, saved)
 
 def file_in(address: str) -> str:
     """The weights in the folder of a run; any other address as it is."""
@@ -1583,20 +1625,25 @@ def load_network(source: Source) -> nn.Module:
     """The source's network with its weights, in evaluation mode."""
     with one_line_errors(source.name):
         if not source.network.get("road"):
-            return convnext.from_checkpoint(convnext.Weights(source.tensors, {}))
+            return convnext.from_checkpoint(source.tensors)
         model = build_network(Recipe(**source.network), source.num_classes)
         model.load_state_dict(source.tensors)
         return model.eval()
+
+NO_CLASSIFIER = "{} has no classifier: train one with --init-from"
 
 def check_classes(source: Source, classes: list[str]) -> None:
     """Refuse a classifier for other classes; say which are assumed if the source names none."""
     count = source.num_classes
     if not count:
-        raise UserError(f"{source.name} has no classifier: train one with --init-from")
+        raise UserError(NO_CLASSIFIER.format(source.name))
     if count != len(classes) or source.classes not in (None, classes):
-        known = f": {shorten(source.classes)}" if source.classes else ""
-        raise UserError(f"{source.name} has {count} classes{known}. The images here have "
-                        f"{len(classes)} classes, or in another order: {shorten(classes)}")
+        known = f" ({shorten(source.classes)})" if source.classes else ""
+        others = f"{len(classes)} classes"
+        if count == len(classes):
+            others = "others, or the same in another order"
+        raise UserError(f"{source.name} has {count} classes{known}. The images here have {others} "
+                        f"({shorten(classes)})")
     if source.classes:
         return
     order = [f"{name} ({number})" for number, name in enumerate(classes)]
@@ -1615,7 +1662,7 @@ def save(run: Run) -> None:
     """Write last.pt and metrics.csv and, at the end, weights.safetensors. last.pt comes after the
     weights, so a run that is killed in between writes both again."""
     check_finite(run)
-    if run.step == run.total and not run.to_measure:
+    if run.step == run.total_steps and not run.to_measure:
         save_weights(run)
     write_file(run.folder / "last.pt", lambda path: torch.save(state_of(run), path))
     if run.history:
@@ -1720,7 +1767,8 @@ def check_finite(run: Run) -> float:
     """The mean loss of this epoch so far. Raises UserError if it or a weight is not finite."""
     if not run.sums:
         return math.nan
-    loss = run.sums["loss"] / ((run.step - 1) % run.epoch_steps + 1)
+    steps_of_epoch = (run.step - 1) % run.steps_per_epoch + 1  # so far
+    loss = run.sums["loss"] / steps_of_epoch
     norm = nn.utils.get_total_norm(run.model.parameters())
     if not (loss + norm).isfinite():
         raise UserError(f"by step {run.step}, at lr {run.sums['lr']:.1e}, the mean loss became "
@@ -1847,12 +1895,13 @@ def predictions(source: Source, recipe: Recipe, paths: list[str],
     model = load_network(source).to(device, memory_format=torch.channels_last)
     mean, std = source.statistics
     done = 0
-    workers = recipe.workers if len(paths) > 100 else 0
-    for batch, _ in evaluation_batches(images, workers):
+    if len(paths) <= 100:  # other processes would take longer to start
+        recipe = replace(recipe, workers=0)
+    for batch, _ in evaluation_batches(images, recipe):
         x = normalize(batch.to(device) / 255, mean, std)
         best = model(x).softmax(1).topk(min(top, len(names)))
-        for probabilities, numbers in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            likely = [names[number] for number in numbers]
+        for probabilities, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            likely = [names[index] for index in indices]
             yield images.images[done], list(zip(likely, probabilities, strict=True))
             done += 1
 
@@ -1874,12 +1923,13 @@ def true_class(path: str, root: str, names: list[str]) -> str:
     return name if name in names else ""
 
 def class_names(source: Source) -> list[str]:
-    """The source's class names. Published weights of 1,000 classes have ImageNet's."""
+    """The source's class names, or what is assumed if it names none."""
     if not source.num_classes:
-        check_classes(source, [])
+        raise UserError(NO_CLASSIFIER.format(source.name))
     if source.classes:
         return source.classes
     if source.num_classes == 1000:
+        note(f"{source.name} does not name its 1,000 classes: assuming ImageNet's")
         return torchvision.models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1.meta["categories"]
     note(f"{source.name} does not name its classes: they are shown as numbers")
     return [str(number) for number in range(source.num_classes)]
@@ -1954,7 +2004,8 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
 
         the defaults of Recipe
         what the weights of --init-from or --eval-only say of themselves
-        the named recipe, or for --eval-only the data set of the run that made the weights
+        the named recipe, or for --eval-only the data set, --skip-bad and --amp of the run that made
+            the weights
         what was typed
 
     --resume has all settings from its file.
@@ -1967,7 +2018,8 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
             raise UserError(f"{typed['resume']} is of a later version: it has the unknown settings "
                             f"{shorten(sorted(unknown))}")
         return Recipe(**settings)
-    weights, named = {}, {}
+    weights = {}
+    named = {}
     if source:
         weights = dict(source.network)
         weights["img_size"] = source.expects["img_size"]
@@ -1980,9 +2032,9 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
             kept |= {"dataset", "data_dir"}  # the folder belongs to this data set
         named = {key: value for key, value in source.settings.items() if key in kept}
     elif typed.get("recipe") == "fast":
-        named = dict(fast(network_settings(merge(FAST, typed))))
+        named = dict(fast(what_recipes_need(merge(FAST, typed))))
     elif typed.get("recipe") == "finetune":
-        named = finetune(network_settings(merge(weights, typed)))
+        named = finetune(what_recipes_need(merge(weights, typed)))
         named["min_lr"] = typed.get("lr", named["lr"]) / 50  # as in the paper's fine-tuning
     if typed.get("freeze_backbone"):
         named["drop_path"] = 0.0  # there is nothing to regularize
@@ -1990,8 +2042,9 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
     refuse_idle(typed, recipe)
     return recipe
 
-def network_settings(settings: Mapping[str, Any]) -> Recipe:
-    """The settings on which the values of a named recipe depend, and defaults for the others."""
+def what_recipes_need(settings: Mapping[str, Any]) -> Recipe:
+    """What `fast` and `finetune` look at: the network, the sizes of patches and images, and the
+    batch size. (crop_padding is here because check_values compares it with the image size.)"""
     names = (*NETWORK, "patch_size", "img_size", "crop_padding", "batch_size")
     return Recipe(**{name: value for name, value in settings.items() if name in names})
 
@@ -2026,8 +2079,11 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
     changed = [flag(name) for name in typed if name not in ANY_TIME
                and saved.get(name) != typed[name]]
     unused = [flag(name) for name in typed if name not in EVALUATION]
-    resumes, evaluates, begins = (name in names for name in ("resume", "eval_only", "init_from"))
-    is_fast, finetunes = (typed.get("recipe") == name for name in ("fast", "finetune"))
+    resumes = "resume" in names
+    evaluates = "eval_only" in names
+    begins = "init_from" in names
+    is_fast = typed.get("recipe") == "fast"
+    finetunes = typed.get("recipe") == "finetune"
     rules = (
         (resumes + evaluates + begins > 1,
          "only one of --resume, --eval-only and --init-from can be given"),
@@ -2126,11 +2182,13 @@ def check_values(r: Recipe) -> None:
             raise UserError(f"{flag(name)} must be {must_be}, not {getattr(r, name)}")
 
 def is_of_type(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):  # in Python a bool is an int
+        return kind is bool
     if kind is float:  # whole numbers are numbers, too
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float)
     if kind == NUMBERS:
         return isinstance(value, list | tuple) and all(is_of_type(item, int) for item in value)
-    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+    return isinstance(value, kind)
 
 def within(number: float, interval: str) -> bool:
     """Whether a number is in an interval like "[0, 1)"."""
@@ -2181,10 +2239,15 @@ def say(text: str, file: Any = None) -> None:
     """Print above the progress bar."""
     tqdm.write(text, file=file)
 
+NOTES: list[str] = []  # of a process that reads images, for the main one
+
 @cache
 def note(text: str) -> None:
     """Tell the user something, once."""
-    say(f"note: {text}", sys.stderr)
+    if get_worker_info():
+        NOTES.append(text)
+    else:
+        say(f"note: {text}", sys.stderr)
 
 def first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
@@ -2199,9 +2262,11 @@ def tune_backends() -> None:
     bits on a GPU."""
     # Linux would hand the memory that a step frees to the next one page by page and filled with
     # zeros, which is a quarter of the time on a CPU. The C library shall keep it.
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
     torch.set_float32_matmul_precision("high")  # TensorFloat-32, on GPUs that have it
     torch.backends.cudnn.benchmark = True  # few batch sizes: find the fastest kernels of each
 
