@@ -30,6 +30,7 @@ import convnext
 ASSETS = Path(__file__).parent
 POSITIONS, CHANNELS, NORM, OTHER = "#D55E00", "#0072B2", "#009E73", "#8C8C8C"
 ATTENTION = "#AA3377"
+DENSE = "#7A5C3E"  # a convolution that mixes positions and channels
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 DESIGNS = convnext.DESIGNS
@@ -291,7 +292,7 @@ def block_boxes(d: convnext.Design) -> list[Box]:
     outer, middle = (d.width, 4 * d.width) if d.inverted else (4 * d.width, d.width)
     act = ("GELU" if d.act is nn.GELU else "ReLU", 0, OTHER)
     norm_name = "BN" if d.norm is nn.BatchNorm2d else "LN"
-    color = POSITIONS if d.depthwise or d.attention else "#B07AA1"
+    color = POSITIONS if d.depthwise or d.attention else DENSE
     label = f"{d.kernel_size}×{d.kernel_size}\n{'depthwise' if d.depthwise else 'dense'}"
 
     def conv(label: str, channels: int, color: str, norm: bool) -> list[Box]:
@@ -362,19 +363,22 @@ PARTS = {"stem": (stem_boxes, 7.0), "a block of stage 1": (block_boxes, 14.4),
          "between stages": (downsampling_boxes, 3.9)}  # and how wide they are
 
 def designs(named: dict[str, convnext.Design], parts: tuple[str, ...] = tuple(PARTS)) -> None:
-    """Networks as rows of boxes; what differs from the row above is bright."""
+    """Networks as rows of boxes. Bright is what differs from the row above, and in the first row
+    what the second no longer has."""
     wide = sum(PARTS[part][1] for part in parts)
     _figure, axis = plt.subplots(figsize=(0.266 * (wide + 7), 1.15 * len(named) + 0.35))
     last, alone = None, len(named) == 1
+    second = [*named.values()][1:2]
     shows_depths = len(parts) == len(PARTS) or len({d.depths for d in named.values()}) > 1
     for row, (name, d) in enumerate(named.items()):
         x, y = 0.0, -2.3 * row
         axis.text(-0.4, y, textwrap.fill(name, 14), ha="right", va="center", fontsize=8)
         for part in parts:
             boxes_of, width = PARTS[part]
-            lit = None if alone else set()
-            if last is not None:
-                lit = changed(boxes_of(last), boxes_of(d))
+            lit = None
+            if not alone:
+                other = second[0] if last is None else last
+                lit = changed(boxes_of(other), boxes_of(d))
             draw_row(axis, boxes_of(d), x, y, lit)
             x += width
         new = alone or last is not None and last.depths != d.depths
@@ -523,7 +527,7 @@ def shares_of_a_block() -> plt.Figure:
     return figure
 
 def arithmetic() -> None:
-    kinds = {"stem, downsampling, head": "black", "k×k dense": "#7A5C3E",
+    kinds = {"stem, downsampling, head": "black", "k×k dense": DENSE,
              "k×k depthwise": POSITIONS, "1×1 in branches": CHANNELS, "1×1 on shortcuts": OTHER}
     names = ["patchify stem", "depthwise conv", "width 64 to 96", "inverted bottleneck",
              "depthwise conv first", "kernel 7x7", "separate downsampling"]
@@ -537,7 +541,7 @@ def arithmetic() -> None:
             left += value
         axis.text(left + 0.05, i, f"{left:.2f} GMACs, {STEPS[name].top1:.2f} %", va="center",
                   fontsize=8)
-    axis.set(xlabel="GMACs (counted here)", xlim=(0, 6.9),
+    axis.set(xlabel="GMACs (counted here); %: top-1 on ImageNet (the paper's)", xlim=(0, 6.9),
              title="Depthwise convolutions cost almost nothing, the 1×1 layers nearly all")
     axis.invert_yaxis()
     axis.legend(fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.4, -0.2),
@@ -567,7 +571,7 @@ def activations() -> None:
     axis.plot(x, relu, ":", color="black", label="ReLU")
     axis.plot(x, gelu, color="black", label="GELU")
     axis.axhline(0, color="#DDDDDD", zorder=0)
-    axis.set(title=f"They differ by {(gelu - relu).abs().max():.2f} at most", xlabel="x")
+    axis.set(title=f"GELU and ReLU differ by {(gelu - relu).abs().max():.2f} at most", xlabel="x")
     axis.legend()
     plt.show()
 
@@ -888,6 +892,7 @@ def learned_fields(networks: dict[str, list[tuple[Tensor, float]]]) -> plt.Figur
         for number, (axis, (size, radius)) in enumerate(zip(row, sizes), 1):
             axis.imshow(size / size.max(), cmap="Oranges", norm=colors.PowerNorm(0.5, 0, 1))
             axis.set_title(f"stage {number}: {radius:.1f} px away", fontsize=9)
+    figure.suptitle("|gradient| by pixel, square-root scale, and its mean distance", fontsize=10)
     return figure
 
 def confidence(sure_by: Tensor, correct: Tensor) -> plt.Figure:
