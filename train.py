@@ -194,11 +194,6 @@ class Recipe:
         return self.epochs - off
 
     @property
-    def at_once(self) -> int:
-        """The most images that are in memory at once in a training step."""
-        return math.ceil(self.batch_size / self.accumulate)
-
-    @property
     def stride(self) -> int:
         """The network's total stride: images must be at least this large."""
         stages = len(self.depths) if self.depths else 4
@@ -1471,8 +1466,9 @@ def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
 
 def evaluation_batches(images: Images, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all images in order: bytes (b, 3, h, w) and labels (b,)."""
+    trained_at_once = math.ceil(recipe.batch_size / recipe.accumulate)
     # Without gradients an image takes less than an eighth of the memory.
-    size = min(8 * recipe.at_once, 250 if images.in_memory else 64)
+    size = min(8 * trained_at_once, 250 if images.in_memory else 64)
     indices = range(len(images))
     order = (list(indices[start : start + size]) for start in range(0, len(images), size))
     return read_in_processes(images, order, 0 if images.in_memory else recipe.workers)
