@@ -852,9 +852,10 @@ def training_curves() -> None:
                                      ("with --init fan-in", "fast-atto-fan-in", OTHER, "-"),
                                      ("the former recipe", "atto-patch2", OTHER, ":")):
         rows = read_csv(f"{name}.csv")
-        left.plot([int(row["epoch"]) for row in rows], [float(row["train_loss"]) for row in rows],
-                  color=color, linestyle=line)
-        tested = [(int(row["epoch"]), float(row["test_top1"])) for row in rows if row["test_top1"]]
+        epochs = [int(row["epoch"]) for row in rows]
+        losses = [float(row["train_loss"]) for row in rows]
+        left.plot(epochs, losses, color=color, linestyle=line)
+        tested = [(e, float(row["test_top1"])) for e, row in zip(epochs, rows) if row["test_top1"]]
         ends.append(tested[-1][1])
         right.plot(*zip(*tested), color=color, linestyle=line, marker=".",
                    label=f"{label}: {tested[-1][1]:.1f} %")
@@ -881,8 +882,7 @@ def strongest_filters(networks: dict[str, nn.Module]) -> None:
             limit = kernel.abs().max()
             axis.imshow(kernel, cmap="RdBu_r", vmin=-limit, vmax=limit)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    figure.suptitle("Early filters stay small, later ones grow wide (red +, blue −)",
-                    fontsize=10)
+    figure.suptitle("Early filters stay small, later ones grow wide (red +, blue −)", fontsize=10)
     plt.show()
 
 def learned_fields(networks: dict[str, list[tuple[Tensor, float]]]) -> plt.Figure:

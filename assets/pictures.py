@@ -192,13 +192,14 @@ def training() -> Figure:
     ends = []
     for name, colour in (("fast-atto-fan-in", OTHER), ("fast-atto", "black")):
         rows = [row for row in read(name) if row["test_top1"]]
-        top1 = numbers(rows, "test_top1")
-        right.plot(numbers(rows, "epoch"), top1, color=colour, marker=".")
+        epochs, top1 = numbers(rows, "epoch"), numbers(rows, "test_top1")
+        right.plot(epochs, top1, color=colour, marker=".")
         ends.append(top1[-1])
     right.text(7, 79.5, "--init local", fontsize=9)
     right.text(9, 69, "--init fan-in", fontsize=9, color="#666666")
-    right.axvline(20, color=OTHER, linestyle=":")
-    right.text(21, 66, "images grow from\n24 to 32 pixels", color="#666666", fontsize=9,
+    grown = epochs[-1] / 2
+    right.axvline(grown, color=OTHER, linestyle=":")
+    right.text(grown + 1, 66, "images grow from\n24 to 32 pixels", color="#666666", fontsize=9,
                va="center")
     right.set(xlabel="epoch", ylabel="test accuracy in %", xlim=(0, None),
               title=f"The whole run of --recipe fast: {ends[1]:.1f} %.\n"
