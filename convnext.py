@@ -590,10 +590,9 @@ class WindowAttention(nn.Module):
     head and relative position. Positions off the map are masked. As in Swin, the biases of the
     linear layers start at 0.
 
-    shift: the first window begins 4 positions before the map, so the others begin at 3, 10, ...
-    instead of 7, 14, ... In Swin every other block is shifted, so that windows exchange
-    information. An axis with a single window is not shifted. Raises ValueError if dim is not a
-    multiple of the number of heads.
+    shift: windows begin at -4, 3, 10, ... instead of 0, 7, 14, ... In Swin every other block is
+    shifted, so that windows exchange information. An axis with a single window is not shifted.
+    Raises ValueError if dim is not a multiple of the number of heads.
     """
 
     def __init__(self, dim: int, shift: bool, window: int = 7) -> None:
@@ -831,7 +830,7 @@ def rename(name: str, old: str, new: str) -> str | None:
 
 def unwrap(model: nn.Module) -> ConvNeXt:
     """Return the ConvNeXt inside torch.compile, DataParallel, AveragedModel or the like. TypeError
-    if there is none."""
+    if there is none that holds all of the model's parameters."""
     if isinstance(model, nn.Module):
         for module in model.modules():
             if isinstance(module, ConvNeXt) and {*module.parameters()} == {*model.parameters()}:
@@ -1035,7 +1034,8 @@ def read_settings(folder: str) -> dict[str, Any]:
         return timm_settings(config | config["pretrained_cfg"])
     if "convnext" not in config.get("model_type", "convnext"):
         config = {}  # it belongs to something else in this folder
-    # transformers uses layer_norm_eps in the last norm alone. On 1e-12 see load_weights.
+    # transformers uses layer_norm_eps in the last norm alone; 1e-12, its default, is accepted there
+    # (see load_weights).
     epsilons = {config.get("layer_norm_eps", 1e-12)} - {1e-12}
     refuse_other_network(path, epsilons, {config.get("hidden_act", "gelu")})
     labels = config.get("id2label") or {}
@@ -1198,16 +1198,17 @@ def load_weights(model: nn.Module, source: Mapping | str | PathLike, strict: boo
         ("downsample_layers.0.0.", not strict and "downsample_layers.0.0.weight" in tensors),
         ("head.norm.", not any(name.startswith("head.") for name in tensors)),
     ]
-    parts = tuple(part for part, allowed in may_keep if allowed and f"{part}weight" in misfits)
+    kept_parts = tuple(part for part, allowed in may_keep
+                       if allowed and f"{part}weight" in misfits)
     wrong = [name for name in misfits
-             if not name.startswith(parts) and not re.fullmatch(OUTPUT_NORMS, name)]
+             if not name.startswith(kept_parts) and not re.fullmatch(OUTPUT_NORMS, name)]
     if wrong:
         details = [f"{name} is {shape(tensors, name)} in the weights, {shape(state, name)} in the "
                    "model" for name in wrong[:3]]
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"these weights do not fit the model: {'; '.join(details)}{more}")
-    kept = [name for name in state if name.startswith(parts)]
-    loaded = [name for name in state if not name.startswith(parts)]
+    kept = [name for name in state if name.startswith(kept_parts)]
+    loaded = [name for name in state if not name.startswith(kept_parts)]
     left_out = [name for name in tensors if name not in state]
     for name in loaded:
         for place, tensor in (("weights", tensors[name]), ("model", state[name])):

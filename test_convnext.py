@@ -3070,6 +3070,18 @@ def test_settings_by_precedence(request, line, expected):
     request.getfixturevalue("pretrained" if "first" in line else "small")
     assert_settings(line, expected)
 
+def test_weights_with_patches_of_any_size_are_measured(small, capsys):
+    network = convnext.ConvNeXt([1, 1], [8, 16], num_classes=8, patch_size=3)
+    torch.save(network.state_dict(), "patches.pth")
+    assert outcome("--eval-only patches.pth --dataset synthetic --device cpu -j 0") == "0"
+    assert "of 20 images" in capsys.readouterr().out
+
+def test_a_run_in_float16_can_be_measured_without_a_gpu(pretrained):
+    source = train.open_source("first/weights.safetensors")
+    for precision, expected in (("fp16", "auto"), ("off", "off")):
+        source.settings["amp"] = precision
+        assert train.combine({"eval_only": "first"}, source).amp == expected
+
 def test_the_folder_of_weights_belongs_to_their_data_set(small):
     weights = shlex.quote(str(HERE / "assets" / "cifar10-atto.safetensors"))
     assert_settings(f"--eval-only {weights}", {
@@ -3118,7 +3130,9 @@ def test_a_flag_reaches_the_run(small, line, seen):
 
 @pytest.mark.parametrize(("line", "message"), [
     ("--vairant tiny", "unrecognized arguments: --vairant"),
-    ("--output=", "no value may be empty"), ("--patch-size 3", "choose from 1, 2, 4"),
+    ("--output=", "no value may be empty"), ("--init x", "--init: invalid choice: 'x'"),
+    ("--patch-size 0", "--patch-size must be a whole number in [1, inf), not 0"),
+    ("--road GELU --patch-size 8", "--patch-size must be 1, 2 or 4 with --road, not 8"),
     ("--lr x", "--lr: invalid float value: 'x'"),
     ("--lr 0", "--lr must be a number in (0, inf), not 0.0"), ("--lr nan", "must be "),
     ("--drop_path 1", "--drop-path must be a number in [0, 1)"),

@@ -137,7 +137,7 @@ class Recipe:
     width: int = setting(0, "with --road: channels in stage 1; 0: as in the paper", "[0, inf)")
     # The paper has patches of 4x4 pixels, LayerScale 1e-6 and initial weights of standard
     # deviation 0.02. On 32x32 images the values below learn faster; assets/results.md has figures.
-    patch_size: int = setting(2, "side of the stem's patches", (1, 2, 4))
+    patch_size: int = setting(2, "side of the stem's patches", "[1, inf)")
     layer_scale: float = setting(0, "initial value of LayerScale; 0: none", "[0, inf)")
     drop_path: float = setting(0.1, "stochastic depth: drop rate of the last block", "[0, 1)")
     init: str = setting("local", "initial weights: paper: of standard deviation 0.02; fan-in: of "
@@ -399,14 +399,14 @@ def train(run: Run) -> None:
             save(run)  # writes weights.safetensors if the finished run lacks it
             return
         interval = 60 if progress.disable else 5  # seconds; looking at the loss makes a GPU wait
-        ended = checked = time.perf_counter()
+        step_ended = loss_checked = time.perf_counter()
         for x, targets in training_batches(run):
             if run.step % run.steps_per_epoch == 0:
                 zero = torch.zeros((), device=run.device)
                 run.sums = {"loss": zero, "seconds": 0.0, "waiting": 0.0}
             x = x.to(run.device, memory_format=torch.channels_last, non_blocking=True)
             targets = targets.to(run.device, non_blocking=True)
-            run.sums["waiting"] += time.perf_counter() - ended
+            run.sums["waiting"] += time.perf_counter() - step_ended
 
             warmup = round(r.warmup * run.steps_per_epoch)
             lr = lr_at(run.step, run.total_steps, warmup, r.lr, r.min_lr, r.schedule)
@@ -421,19 +421,19 @@ def train(run: Run) -> None:
 
             epoch_is_over = run.step % run.steps_per_epoch == 0
             now = time.perf_counter()
-            if epoch_is_over or now - checked > interval:
+            if epoch_is_over or now - loss_checked > interval:
                 loss = check_finite(run)
                 progress.set_postfix(epoch=len(run.history) + 1, loss=f"{loss:.3f}")
                 if progress.disable and not epoch_is_over:
                     say(f"epoch {len(run.history) + 1}: step {run.step} of {run.total_steps}, "
                         f"mean loss {loss:.3f}")
-                checked = now = time.perf_counter()
-            run.sums["seconds"] += now - ended
+                loss_checked = now = time.perf_counter()
+            run.sums["seconds"] += now - step_ended
             if epoch_is_over:
                 record_epoch(run)
             if run.stopped_by:
                 break
-            ended = time.perf_counter()
+            step_ended = time.perf_counter()
         if run.step % run.steps_per_epoch:  # at the end of an epoch it is saved already
             save(run)
 
@@ -618,9 +618,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], mean: T
 def lr_at(step: int, total_steps: int, warmup: int, peak: float, min_lr: float,
           schedule: str = "cosine") -> float:
     """The learning rate of step 0 ... total_steps - 1. It rises linearly for `warmup` steps, then
-    falls to `min_lr`: as half a cosine, which ends there in the last step, or linearly, which
-    would end there one step later. It depends on the step alone, so a stopped run has no state to
-    lose."""
+    falls to `min_lr`. The cosine has this value in the last step, the straight line would have it
+    one step later. The rate depends on the step alone, so a stopped run has no state to lose."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "linear":
@@ -1413,8 +1412,8 @@ def hold_out(images: Images, val_size: float) -> tuple[Images, Images | None]:
     if count >= len(images):
         raise UserError(f"--val-size must be below the {len(images):,} training images")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    # Each image gets its rank among those of its class, from 0 to 1. The `count` images of lowest
-    # rank are held out, which is the same share of each class, as far as possible.
+    # Within each class the images get evenly spaced ranks from 0 to 1. The `count` images of lowest
+    # rank are held out: the same share of each class, as far as possible.
     rank = torch.zeros(len(images), dtype=torch.double)
     for label in range(len(images.classes)):
         members = order[images.labels[order] == label]
@@ -2023,6 +2022,8 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
             weights["crop_pct"] = source.expects.get("crop_pct")  # it belongs to this size
     if "eval_only" in typed:
         kept = {"skip_bad", "amp"}
+        if source.settings.get("amp") == "fp16":
+            kept = {"skip_bad"}  # a CPU can measure this run, but not in float16
         trained_on = source.settings.get("dataset")
         if typed.get("dataset", trained_on) == trained_on:
             kept |= {"dataset", "data_dir"}  # the folder belongs to this data set
@@ -2167,6 +2168,7 @@ def check_values(r: Recipe) -> None:
          "a share below 1 or a whole number"),
         ("warmup_epochs", r.warmup < r.epochs, f"below --epochs, {r.epochs}"),
         ("min_lr", r.min_lr <= r.lr, f"at most --lr, {r.lr}"),
+        ("patch_size", r.road is None or r.patch_size in (1, 2, 4), "1, 2 or 4 with --road"),
         ("accumulate", r.accumulate <= r.batch_size, f"at most --batch-size, {r.batch_size}"),
         ("img_size", r.img_size >= r.stride, f"{r.stride} or more, the network's total stride"),
         ("start_size", r.start_size <= r.img_size and r.start_size % r.stride == 0,

@@ -506,7 +506,8 @@ def filters_at_work(before: Tensor, kernels: Tensor, after: Tensor) -> None:
         for axis, picture in zip(line, pictures):
             limit = picture.abs().max()
             axis.imshow(picture, cmap="RdBu_r", vmin=-limit, vmax=limit)
-    figure.suptitle("Each channel has a filter of its own (red +, blue −)", fontsize=11)
+    figure.suptitle("Each channel has a filter of its own (red +, blue −; each picture has a "
+                    "scale of its own)", fontsize=10)
     plt.show()
 
 def shares_of_a_block() -> plt.Figure:
@@ -590,7 +591,7 @@ def passing(alike: dict[str, list], added: dict[str, list]) -> None:
         axis.set(xlabel="block (a line: the next stage begins)", xticks=(1, 4, 7, 10, 13, 16))
     axes[0].set(ylim=(-0.15, 1), ylabel="cosine of two unrelated images",
                 title="Three activations make images alike")
-    axes[1].set(ylim=(0, 1.5), ylabel="size of branch / shortcut",
+    axes[1].set(ylim=(0, 1.5), ylabel="standard deviation\nof branch / shortcut",
                 title="One norm keeps the branches small")
     axes[0].legend(fontsize=8)
     plt.show()
@@ -736,7 +737,8 @@ def our_road() -> plt.Figure:
               zorder=1)
     gains = {last: OURS[last].mean() - OURS[first].mean() for first, last in pairwise(on_road)}
     most, least = max(gains, key=gains.get), min(gains, key=gains.get)
-    axis.set_title(f"{labels[most]} gains most, {labels[least]} loses most")
+    title = f"{labels[most]} gains most, {labels[least]} loses most"
+    axis.set_title(title[0].upper() + title[1:])
     for i, name in enumerate(names):
         values = OURS[name]
         single = name in STEPS and "+" not in labels[name]
@@ -752,7 +754,7 @@ def our_road() -> plt.Figure:
                           bbox={"fc": "white", "ec": "none", "pad": 0.5})
     best = max(values.max() for values in OURS.values())
     axis.set(yticks=range(len(names)), xlim=(None, best + 1.5), xlabel="CIFAR-10 top-1 in % on "
-             "30,000 held-out images; bars: two seeds")
+             "30,000 held-out images; bars: from one seed to the other")
     axis.set_yticklabels([textwrap.fill(labels[name], 44) for name in names], fontsize=8)
     axis.grid(axis="y", color="#EEEEEE", zorder=0)
     axis.invert_yaxis()
@@ -808,7 +810,7 @@ def grn_maps(before: Tensor, after: Tensor, scale: float) -> None:
         for axis, picture in zip(line, maps):
             axis.imshow(picture, cmap="Greens", norm=colors.PowerNorm(0.4, 0, after.max()))
             axis.set_xlabel(f"{picture.norm():.0f}", fontsize=8)
-    figure.suptitle("GRN raises the strong channels most (numbers: strength over the image)",
+    figure.suptitle("GRN raises the strong channels most (numbers: norm over the image)",
                     fontsize=10)
     plt.show()
 
@@ -910,10 +912,10 @@ def confidence(sure_by: Tensor, correct: Tensor) -> plt.Figure:
             below = (6, -10) if y < x + 0.05 else (6, -3)
             axis.annotate(n, (x, y), below, textcoords="offset points", fontsize=7)
     axis.plot((0.3, 1), (0.3, 1), color=OTHER, linestyle="--", zorder=0, label="stated = right")
+    axis.axvline(0.91, color=OTHER, linestyle=":", label="label smoothing's target, 0.91")
     axis.legend(fontsize=8)
-    axis.axvline(0.91, color=OTHER, linestyle=":")
-    axis.set(xlabel="stated probability (numbers: answers)", ylabel="share that is right",
-             xlim=(0.28, 1.02), ylim=(0, 1.05),
+    axis.set(xlabel="stated probability (beside the dots: number of answers)",
+             ylabel="share that is right", xlim=(0.28, 1.02), ylim=(0, 1.05),
              title=f"Where it states 90 % or more, "
              f"{100 * correct[sure_by >= 0.9].float().mean():.0f} % are right")
     return figure
