@@ -1198,8 +1198,7 @@ def load_weights(model: nn.Module, source: Mapping | str | PathLike, strict: boo
         ("downsample_layers.0.0.", not strict and "downsample_layers.0.0.weight" in tensors),
         ("head.norm.", not any(name.startswith("head.") for name in tensors)),
     ]
-    kept_parts = tuple(part for part, allowed in may_keep
-                       if allowed and f"{part}weight" in misfits)
+    kept_parts = tuple(name for name, may in may_keep if may and f"{name}weight" in misfits)
     wrong = [name for name in misfits
              if not name.startswith(kept_parts) and not re.fullmatch(OUTPUT_NORMS, name)]
     if wrong:
