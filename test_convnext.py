@@ -797,6 +797,27 @@ def test_held_out_images_choose_and_test_images_report(small, monkeypatch):
     # of last.pt and best.pt
     assert calls[4:] == 2 * [(test, "average", False), (test, "average", True)]
 
+def test_the_remaining_time_includes_the_evaluations(small, monkeypatch, capsys):
+    """1 s for each of 3 steps, 10 s for an evaluation, after epochs 2, 4 and 5."""
+    clock = [0]
+    step, evaluate = train.train_step, train.evaluate
+
+    def slow_step(*inputs):
+        clock[0] += 1
+        return step(*inputs)
+
+    def slow_evaluate(*inputs):
+        clock[0] += 10
+        return evaluate(*inputs)
+
+    monkeypatch.setattr(train, "train_step", slow_step)
+    monkeypatch.setattr(train, "evaluate", slow_evaluate)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    line = f"{QUICK} --epochs 5 --eval-every 2 --ema-horizon 0 --output run"
+    assert outcome(line) == "0"
+    left = re.findall(r"(\d+) s left", capsys.readouterr().out)
+    assert left == ["12", "29", "16", "13", "0"]  # nothing is measured before the first line
+
 def test_without_held_out_images_the_test_images_are_measured(small, monkeypatch):
     calls, _ = measured(monkeypatch, f"{QUICK} --epochs 1 --ema-horizon 0")
     test = train.draw_shapes(1000, 32, seed=0).images.numpy().tobytes()
@@ -3022,6 +3043,23 @@ def test_names_of_classes_that_weights_do_not_have(small, classes, first):
     names = train.class_names(train.open_source("a.pth"))
     assert names[0] == first and len(names) == classes
 
+def test_names_beside_weights_of_other_classes_are_not_used(small, capsys):
+    """As if weights for three classes had been saved into a folder of another network."""
+    saved_atto("a.pth")
+    labels = {str(i): name for i, name in enumerate(("tench", "goldfish", "shark", "ray", "hen"))}
+    Path("config.json").write_text(json.dumps({"model_type": "convnext", "id2label": labels}))
+    PIL.Image.new("RGB", (40, 40)).save("photo.png")
+    assert outcome("--eval-only a.pth --predict photo.png") == "0"
+    printed = capsys.readouterr()
+    assert "3 classes; the 5 names beside it are not used" in printed.err
+    assert re.search(r"photo.png: [012] [\d.]+ %, [012] [\d.]+ %, [012]", printed.out)
+
+@pytest.mark.parametrize(("system", "command"), [
+    ("posix", "'my runs/last.pt'"), ("nt", '"my runs/last.pt"')])
+def test_the_command_that_continues_can_be_pasted(monkeypatch, system, command):
+    monkeypatch.setattr(train.os, "name", system)
+    assert train.quoted(["my runs/last.pt"]) == command
+
 # --- The command line
 
 def test_images_of_any_size_can_be_evaluated(small):
@@ -3389,7 +3427,8 @@ def test_signals_to_processes_that_read_images(small, name, result):
 
 def test_a_locked_table_is_noted_and_written_later(small, monkeypatch, capsys):
     """As on Windows, while another program shows it: all other files are written."""
-    move, refusals = os.replace, iter([True, True, False, False, False])
+    move, refusals = os.replace, iter([True] * 42)  # two times 21 tries
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
 
     def locked(old, new):
         if str(new).endswith("metrics.csv") and next(refusals, False):
@@ -3400,6 +3439,18 @@ def test_a_locked_table_is_noted_and_written_later(small, monkeypatch, capsys):
     assert outcome(f"{QUICK} --epochs 2 --output run") == "0"
     assert "metrics.csv (" in capsys.readouterr().err
     assert len(read_csv("run/metrics.csv")) == 2
+
+def test_a_checkpoint_that_is_being_read_is_replaced_later(small, monkeypatch):
+    move, refusals = os.replace, iter([True, True, True])
+
+    def locked(old, new):
+        if str(new).endswith("last.pt") and next(refusals, False):
+            raise PermissionError(errno.EACCES, "used by another process", str(new))
+        move(old, new)
+
+    monkeypatch.setattr(os, "replace", locked)
+    assert outcome(f"{QUICK} --epochs 1 --output run") == "0"
+    assert next(refusals, None) is None and torch.load("run/last.pt")["step"] == 3
 
 # --- Errors, streams and notebooks
 
@@ -3570,35 +3621,35 @@ def printing_runs(folder):
         all_streams["full"] = ">/dev/full 2>/dev/full"
     lines = [f"({line} --output {name}; echo $? >{name}.code) {streams}"
              for name, streams in all_streams.items()]
-    process = subprocess.Popen(
-        ["sh", "-c", "; ".join(lines)], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ended = subprocess.run(
+        ["sh", "-c", "; ".join(lines)], check=True, cwd=folder, text=True, capture_output=True,
         env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
-    return process, [folder / name for name in all_streams]
+    return ended, [folder / name for name in all_streams]
 
 @pytest.fixture(scope="session", autouse=True)
 def beside(request, tmp_path_factory):
     """What two of the tests run in other processes begins before the first test, since it takes
-    long and needs one core alone. Nothing is run for a test that is not selected."""
+    long. One goes on after the other, so they need one core alone. Nothing is run for a test that
+    is not selected."""
     selected = {item.name for item in request.session.items}
     torch.set_num_threads(1)  # the other core is theirs
     begun = {}
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(max_workers=1) as pool:
         if "test_printing_ends_no_run" in selected and os.name == "posix":
-            begun["printing"] = printing_runs(tmp_path_factory.mktemp("printing"))
+            folder = tmp_path_factory.mktemp("printing")
+            begun["printing"] = pool.submit(printing_runs, folder)
         if "test_notebook" in selected:
             begun["notebook"] = pool.submit(executed_notebook)
         yield begun
 
 @posix
 def test_printing_ends_no_run(beside):
-    process, folders = beside["printing"]
-    printed, errors = process.communicate()
+    ended, folders = beside["printing"].result()
     for folder in folders:
         assert folder.with_suffix(".code").read_text() == "0\n"
         assert (folder / "weights.safetensors").exists()
-    assert printed.count(r"(b, \xfcn\xef \U0001f600)") == 1  # by the run in ASCII alone
-    assert "Traceback" not in errors
+    assert ended.stdout.count(r"(b, \xfcn\xef \U0001f600)") == 1  # by the run in ASCII alone
+    assert "Traceback" not in ended.stderr
 
 def test_notebook(beside):
     """It was committed with its outputs and keeps to its limits; and it runs, and the solutions

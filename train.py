@@ -34,6 +34,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -280,7 +281,7 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
         # A signal that comes while the finished run is saved has nothing to stop.
         if run.stopped_by and (run.step < run.total_steps or run.to_measure):
             last = run.folder / "last.pt"
-            say(f"stopped; to go on: python train.py --resume {shlex.quote(str(last))}", sys.stderr)
+            say(f"stopped; to go on: python train.py --resume {quoted([last])}", sys.stderr)
             return 128 + run.stopped_by
         report_run(run)
     return 0
@@ -306,6 +307,7 @@ class Run:
     history: list[dict] = field(default_factory=list)  # a row per epoch, as in metrics.csv
     sums: dict[str, Any] = field(default_factory=dict)  # over the steps of the present epoch
     to_measure: bool = False  # the last epoch of the history is yet to be evaluated
+    measure_seconds: float = 0.0  # that the last evaluation took
     stopped_by: int = 0  # the signal that ends the run
     tensorboard: Any = None
 
@@ -398,14 +400,16 @@ def train(run: Run) -> None:
         if run.step == run.total_steps or run.stopped_by:
             save(run)  # writes weights.safetensors if the finished run lacks it
             return
+        # A copy that runs on by itself needs pinned memory, which training_batches has for CUDA.
+        pinned = run.device.type == "cuda"
         interval = 60 if progress.disable else 5  # seconds; looking at the loss makes a GPU wait
         step_ended = loss_checked = time.perf_counter()
         for x, targets in training_batches(run):
             if run.step % run.steps_per_epoch == 0:
                 zero = torch.zeros((), device=run.device)
                 run.sums = {"loss": zero, "seconds": 0.0, "waiting": 0.0}
-            x = x.to(run.device, memory_format=torch.channels_last, non_blocking=True)
-            targets = targets.to(run.device, non_blocking=True)
+            x = x.to(run.device, memory_format=torch.channels_last, non_blocking=pinned)
+            targets = targets.to(run.device, non_blocking=pinned)
             run.sums["waiting"] += time.perf_counter() - step_ended
 
             warmup = round(r.warmup * run.steps_per_epoch)
@@ -455,14 +459,18 @@ def measure_epoch(run: Run) -> None:
     """Evaluate the last epoch if that is due, and print and log its row."""
     row = run.history[-1]
     if run.to_measure:
+        started = time.perf_counter()
         scores = measure(run)
         if run.stopped_by:  # --resume measures again
             return
+        run.measure_seconds = time.perf_counter() - started
         row |= scores
         run.to_measure = False
         save_best(run)
         save(run)
-    left = (run.recipe.epochs - row["epoch"]) * row["seconds"]
+    epochs_left = run.recipe.epochs - row["epoch"]
+    measurements_left = math.ceil(epochs_left / run.recipe.eval_every)
+    left = epochs_left * row["seconds"] + measurements_left * run.measure_seconds
     shown = [name for name in row if name not in ("step", "seconds") and "top5" not in name]
     text = "  ".join(f"{name} {in_digits(row[name])}" for name in shown)
     say(f"{text}  {left:.0f} s left")
@@ -599,8 +607,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], mean: T
     count = 0
     sums = torch.zeros(3, device=device)
     for images, labels in batches:
-        labels = labels.to(device, non_blocking=True)
-        x = normalize(images.to(device, non_blocking=True) / 255, mean, std)
+        labels = labels.to(device)
+        x = normalize(images.to(device) / 255, mean, std)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits = model(x).float()
             if tta:
@@ -877,6 +885,8 @@ def pick_device(name: str) -> torch.device:
         found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.empty(1, device=found if name == "auto" else name).device
         torch.ones(1, device=device).item()  # "meta" has no values
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # its precision is asked for, and its memory pinned
         return device
     except Exception as error:  # each backend raises its own
         raise UserError(f"--device {name} cannot be used here ({first_line(error)})") from error
@@ -1584,7 +1594,11 @@ def open_source(name: str) -> Source:
         size = expects["img_size"]
         note(f"{name} does not say all about the images that it expects: assuming {size}x{size} "
              f"pixels, mean {expects['mean']} and standard deviation {expects['std']}")
-    return Source(name, network, num_classes, tensors, expects, known.get("classes"), args, saved)
+    classes = known.get("classes")
+    if classes and num_classes and len(classes) != num_classes:
+        note(f"{name} has {num_classes} classes; the {len(classes)} names beside it are not used")
+        classes = None
+    return Source(name, network, num_classes, tensors, expects, classes, args, saved)
 
 def file_in(address: str) -> str:
     """The weights in the folder of a run; any other address as it is."""
@@ -1751,11 +1765,17 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        for _ in range(20):  # Windows refuses while another program reads the file
+            with contextlib.suppress(PermissionError):
+                os.replace(temporary, path)
+                return
+            time.sleep(0.1)
         os.replace(temporary, path)
     except Exception as error:  # PyTorch reports a full disk by a RuntimeError
         raise UserError(f"cannot write {path} ({first_line(error)}); the old files stay") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 @torch.no_grad()
 def check_finite(run: Run) -> float:
@@ -1985,7 +2005,12 @@ def as_typed(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return flag(name) if value else flag(f"no_{name}")
     values = value if isinstance(value, tuple) else [value]
-    return f"{flag(name)} {shlex.join(map(str, values))}"
+    return f"{flag(name)} {quoted(values)}"
+
+def quoted(values: Iterable) -> str:
+    """Words as a shell reads them. Windows' knows double quotes alone."""
+    words = [str(value) for value in values]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 def with_hyphens(word: str) -> str:
     """--drop_path=0.1 -> --drop-path=0.1, since the authors' program has underscores."""
@@ -2259,7 +2284,7 @@ def tune_backends() -> None:
     """Settings of PyTorch and the C library that change nothing but the speed, or float32's last
     bits on a GPU."""
     # Linux would hand the memory that a step frees to the next one page by page and filled with
-    # zeros, which is a quarter of the time on a CPU. The C library shall keep it.
+    # zeros, which took a fifth of the time on a CPU. The C library shall keep it.
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
