@@ -797,6 +797,14 @@ def test_held_out_images_choose_and_test_images_report(small, monkeypatch):
     # of last.pt and best.pt
     assert calls[4:] == 2 * [(test, "average", False), (test, "average", True)]
 
+@pytest.mark.parametrize(("flags", "noted"), [
+    ("--epochs 49", True), ("--epochs 50", False), ("--epochs 49 --mix-prob 0", False),
+    ("--epochs 49 --rand-augment 0", False)])
+def test_much_augmentation_for_few_epochs_is_noted(small, monkeypatch, capsys, flags, noted):
+    monkeypatch.setattr(train, "train", lambda run: None)
+    assert outcome(f"{QUICK} {flags} --output run") == "0"
+    assert ("this is much augmentation" in capsys.readouterr().err) == noted
+
 def test_the_remaining_time_includes_the_evaluations(small, monkeypatch, capsys):
     """1 s for each of 3 steps, 10 s for an evaluation, after epochs 2, 4 and 5."""
     clock = [0]

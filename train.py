@@ -389,6 +389,10 @@ def describe(run: Run) -> None:
         chosen = [as_typed(name, value) for name, value in asdict(r).items()
                   if name != "recipe" and value != FIELDS[name].default and value is not None]
         say(f"recipe  {r.recipe}: {' '.join(chosen)}")
+    is_short = r.epochs < 50 and r.recipe == "scratch" and not r.resume
+    if is_short and r.mix_prob and r.rand_augment:
+        note(f"for {r.epochs} epochs this is much augmentation: with --rand-augment 0 --mix-prob 0 "
+             "the result may be better, as README.md says of 16 epochs")
 
 def train(run: Run) -> None:
     """Train from where the run stands to its last step, or to a signal."""
