@@ -3262,7 +3262,7 @@ def test_commands_in_the_documents_are_understood(name):
     text = (HERE / name).read_text()
     commands = re.findall(r"^ *python train\.py (.*)$", text, re.MULTILINE)
     assert commands
-    values = {"P": "2", "N": "30", "R": "0", "S": "0", "E": "20", "W": "16",
+    values = {"P": "2", "N": "30", "R": "0", "S": "0", "E": "20", "W": "16", "A": "0.5",
               "INIT": "paper", "SCALE": "0.1", "LR": "1e-3", "BETA2": "0.999",
               "STEP": "stage ratio", "FLAGS": "", "$lr": "1e-3", "$seed": "0", "REST": "",
               "$lr-$seed": "x"}
