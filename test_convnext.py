@@ -3433,30 +3433,28 @@ def test_signals_to_processes_that_read_images(small, name, result):
     make_folder("data")
     assert re.match(result, outcome_with(send, f"{LARGE} -b 1 -j 1 --output run", 1))
 
-def test_a_locked_table_is_noted_and_written_later(small, monkeypatch, capsys):
-    """As on Windows, while another program shows it: all other files are written."""
-    move, refusals = os.replace, iter([True] * 42)  # two times 21 tries
-    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+def lock_file(monkeypatch, name, tries):
+    """As on Windows, while another program reads it, it cannot be replaced for some tries."""
+    move, refusals = os.replace, iter([True] * tries)
 
     def locked(old, new):
-        if str(new).endswith("metrics.csv") and next(refusals, False):
+        if str(new).endswith(name) and next(refusals, False):
             raise PermissionError(errno.EACCES, "used by another process", str(new))
         move(old, new)
 
     monkeypatch.setattr(os, "replace", locked)
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+    return refusals
+
+def test_a_locked_table_is_noted_and_written_later(small, monkeypatch, capsys):
+    """All other files are written."""
+    refusals = lock_file(monkeypatch, "metrics.csv", 42)  # two times 21
     assert outcome(f"{QUICK} --epochs 2 --output run") == "0"
     assert "metrics.csv (" in capsys.readouterr().err
-    assert len(read_csv("run/metrics.csv")) == 2
+    assert next(refusals, None) is None and len(read_csv("run/metrics.csv")) == 2
 
 def test_a_checkpoint_that_is_being_read_is_replaced_later(small, monkeypatch):
-    move, refusals = os.replace, iter([True, True, True])
-
-    def locked(old, new):
-        if str(new).endswith("last.pt") and next(refusals, False):
-            raise PermissionError(errno.EACCES, "used by another process", str(new))
-        move(old, new)
-
-    monkeypatch.setattr(os, "replace", locked)
+    refusals = lock_file(monkeypatch, "last.pt", 3)
     assert outcome(f"{QUICK} --epochs 1 --output run") == "0"
     assert next(refusals, None) is None and torch.load("run/last.pt")["step"] == 3
 
