@@ -140,8 +140,9 @@ class LayerNorm(nn.LayerNorm):
 class LayerNorm2d(LayerNorm):
     """LayerNorm of a feature map. (b, dim, h, w) -> (b, dim, h, w)
 
-    The norm acts on the last axis, so the channels are moved there and back. Where a map lies in
-    memory as b h w c, which PyTorch calls "channels_last", this only renames the axes.
+    The norm acts on the last axis, so the channels are moved there and back, which copies nothing.
+    But the norm itself first copies a map that does not lie in memory as b h w c, the order that
+    PyTorch calls "channels_last".
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -253,8 +254,8 @@ class Block(nn.Module):
     position, the 7x7 kernel takes 6 % at 96 channels and 0.8 % at 768.
 
     A convolution takes (b, c, h, w), but the norm and the linear layers act on the last axis, so
-    they need (b, h, w, c). The stem's norm leaves the maps in channels_last order, in float32 the
-    convolutions keep it, and so the two rearranges copy nothing.
+    they need (b, h, w, c). The two rearranges copy nothing. Nor does the norm, as the stem's norm
+    leaves the maps in channels_last order, and in float32 the convolutions keep it.
 
     drop_path: p of DropPath. layer_scale: initial γ of LayerScale, 0 for none. grn: add V2's GRN.
     To try other layers, change DepthwiseConv, LayerNorm or InvertedBottleneck; pretrained weights
@@ -455,6 +456,13 @@ def create_convnext(variant: str, **options: Any) -> ConvNeXt:
     depths, dims, _, grn = VARIANTS[variant]
     return ConvNeXt(depths, dims, grn=grn, **options)
 
+def variant_of(depths: tuple[int, ...], dims: tuple[int, ...], grn: bool) -> str | None:
+    """Return the name of the variant with these stages, or None if there is none."""
+    for name, variant in VARIANTS.items():
+        if (variant.depths, variant.dims, variant.grn) == (tuple(depths), tuple(dims), grn):
+            return name
+    return None
+
 
 # --- Part 2. The road: how the paper gets here from a ResNet-50 (section 2, table 10) -------------
 
@@ -483,7 +491,7 @@ class Step(NamedTuple):
     change: dict[str, Any]  # fields of Design; all else stays what it was in the last kept step
     top1: float  # ImageNet accuracy in %, table 10: means of three trainings of 300 epochs
     gflops: float  # multiply-accumulates in 1e9 at 224x224, as table 10 prints them
-    kept: bool = True
+    kept: bool = True  # False: tried and undone, so the later steps do not have it
 
 OLD_RECIPE_TOP1 = 76.13  # ResNet-50 as PyTorch trained it: the new recipe is the largest step
 ROADMAP = (
@@ -599,9 +607,8 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.window = window
         self.heads = max(1, dim // 16)
-        self.before = 0  # rows of the first window that lie off the map
-        if shift:
-            self.before = window - window // 2
+        # rows of the first window that lie off the map
+        self.before = window - window // 2 if shift else 0
         if dim % self.heads:
             raise ValueError(f"{dim} channels cannot be divided into {self.heads} heads; give a "
                              "multiple of 16")
@@ -719,8 +726,10 @@ def count_macs(model: nn.Module, image_size: int) -> int:
     return counter.get_total_flops() // 2  # PyTorch counts multiplications and additions
 
 def variant_table() -> Iterator[str]:
-    """Yield a line per variant: shape, parameters, and the cost as counted and as published."""
-    yield f"{'variant':8} {'depths':14} {'dims':24} {'parameters':>11} {'GMACs':>7} {'printed':>7}"
+    """Yield a line per variant: shape, parameters, and the cost at 224x224, as counted here and as
+    published, in 1e9 multiply-accumulates."""
+    yield (f"{'variant':8} {'depths':14} {'dims':24} {'parameters':>11} {'counted':>7} "
+           f"{'printed':>7}")
     for name, (depths, dims, gflops, _) in VARIANTS.items():
         with torch.device("meta"):
             model = create_convnext(name)
@@ -729,8 +738,9 @@ def variant_table() -> Iterator[str]:
         yield f"{name:8} {depths!s:14} {dims!s:24} {size:11,} {counted:7.3f} {gflops:7}"
 
 def road_table() -> Iterator[str]:
-    """Yield a line per step: accuracy, gain and cost as printed, and the cost as counted here."""
-    yield f"{'step':24} {'top-1, %':>8} {'gain':>6} {'GFLOPs':>7} {'counted':>8}"
+    """Yield a line per step: accuracy, gain and the cost at 224x224, as printed in the paper and as
+    counted here, in 1e9 multiply-accumulates."""
+    yield f"{'step':24} {'top-1, %':>8} {'gain':>6} {'printed':>7} {'counted':>8}"
     before = OLD_RECIPE_TOP1
     for step in ROADMAP:
         with torch.device("meta"):
@@ -782,19 +792,12 @@ SHAPES = {  # the parameters with a different shape, by a part of their native n
     "huggingface": {".grn.": "c -> 1 1 1 c"},
 }
 
-def variant_of(depths: tuple[int, ...], dims: tuple[int, ...], grn: bool) -> str | None:
-    """Return the name of the variant with these stages, or None if there is none."""
-    for name, variant in VARIANTS.items():
-        if (variant.depths, variant.dims, variant.grn) == (tuple(depths), tuple(dims), grn):
-            return name
-    return None
-
 # timm has 1x1 convolutions in place of linear layers, in these variants alone.
 TIMM_1X1 = [name for name in VARIANTS if name.endswith(("atto", "femto", "pico", "nano"))]
 TIMM_1X1_SHAPES = {".pwconv1.weight": "o i -> o i 1 1", ".pwconv2.weight": "o i -> o i 1 1"}
 
 def name_table() -> dict[str, dict[str, str]]:
-    """Return, by its native name, the whole names of each module of NAMES in each layout."""
+    """Map the native name of each module of NAMES to its full names, by layout."""
     names = NAMES.split()
     rows = {}
     for start in range(0, len(names), len(LAYOUTS)):
@@ -1025,20 +1028,21 @@ def read_settings(folder: str) -> dict[str, Any]:
     """Read what the CONFIG_FILES in a folder say, as far as they are there; see read_source."""
     config, images = (read_json(os.path.join(folder, name)) for name in CONFIG_FILES)
     path = os.path.join(folder, CONFIG_FILES[0])
-    if "pretrained_cfg" in config:
+    if "convnext" not in str(config.get("architecture", config.get("model_type", "convnext"))):
+        config = {}  # it belongs to something else in this folder
+    if "architecture" in config and "pretrained_cfg" in config:
         import timm
 
         with torch.device("meta"):
             model = timm.create_model(config["architecture"], **(config.get("model_args") or {}))
         refuse_other_timm_network(path, model)
         return timm_settings(config | config["pretrained_cfg"])
-    if "convnext" not in config.get("model_type", "convnext"):
-        config = {}  # it belongs to something else in this folder
     # transformers uses layer_norm_eps in the last norm alone; 1e-12, its default, is accepted there
     # (see load_weights).
     epsilons = {config.get("layer_norm_eps", 1e-12)} - {1e-12}
     refuse_other_network(path, epsilons, {config.get("hidden_act", "gelu")})
-    labels = config.get("id2label") or {}
+    labels = config.get("id2label")
+    labels = labels if isinstance(labels, dict) else {}
     classes = [labels.get(str(i)) for i in range(len(labels))]
     if None in classes or classes == [f"LABEL_{i}" for i in range(len(labels))]:
         classes = []  # the latter are transformers' placeholders
@@ -1113,10 +1117,13 @@ def read_weights(source: Mapping | str | PathLike) -> dict[str, Tensor]:
 
     Training programs nest a state dict (`model`, `state_dict`, ...) and put prefixes before its
     names (`module.`, `backbone.`, ...). The prefix is whatever stands before the name of any
-    block's pwconv1. Tensors without the prefix are ignored; where there is none, all must fit. If
-    there are several networks, the averaged one ("ema") is chosen, as in timm. Raises ValueError
-    for anything but a ConvNeXt with finite weights, TypeError for what is neither a state dict nor
-    a file's name, and what read_source raises.
+    block's pwconv1. Only tensors with this prefix are read; if it is empty, all must fit. Of
+    several networks, the averaged one is chosen, whose prefix has the word "ema", as in timm.
+
+    Raises ValueError for anything but a ConvNeXt with finite weights, for several networks if not
+    just one of them is averaged, and for `state_dict` beside `ema_state_dict` in a file without
+    MMEngine's mark: MMEngine keeps the average in the first of them, others in the second. Raises
+    TypeError for what is neither a state dict nor a file's name, and what read_source raises.
     """
     content = source
     if isinstance(source, str | PathLike):
@@ -1299,18 +1306,18 @@ def speed_up(model: nn.Module) -> nn.Module:
             dim, k = module.in_channels, module.kernel_size[0]
             with torch.device("meta"):  # draws no random numbers
                 known = nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim)
-            if module.extra_repr() == known.extra_repr():  # it lists all settings of the layer
+            # extra_repr lists all settings of the layer
+            unchanged = module.extra_repr() == known.extra_repr()
+            if unchanged and "_conv_forward" not in vars(module):
                 module.__class__ = FastDepthwiseConv
     return model
 
 # The number types for which FastDepthwiseConv was measured to be faster than PyTorch's convolution,
 # by the vector instructions of the CPU.
-CPU_CAPABILITY = ""
+FAST_DTYPES: tuple[torch.dtype, ...] = ()
 if torch.backends.mkldnn.is_available():
-    CPU_CAPABILITY = torch.backends.cpu.get_cpu_capability()
-
-DTYPES = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}
-FAST_DTYPES = DTYPES.get(CPU_CAPABILITY, ())
+    measured = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}
+    FAST_DTYPES = measured.get(torch.backends.cpu.get_cpu_capability(), ())
 
 class FastDepthwiseConv(DepthwiseConv):
     """DepthwiseConv with the backward pass of DepthwiseGradient."""
@@ -1328,12 +1335,13 @@ class FastDepthwiseConv(DepthwiseConv):
 class DepthwiseGradient(torch.autograd.Function):
     """The depthwise convolution; its derivatives are depthwise convolutions again.
 
-        ∂L/∂x[c, i, j] = Σ_{u,v} W[c, u, v] · g[c, i - u + r, j - v + r],     g = ∂L/∂y, r = k // 2
+        ∂L/∂x[c, i, j] = Σ_{u,v} W[c, u, v] · g[c, i - u + r, j - v + r]
         ∂L/∂W[c, u, v] = Σ_b Σ_{i,j} g[b, c, i, j] · x[b, c, i + u - r, j + v - r]
 
-    The first convolves g with W turned by 180 degrees. In the second, g is the filter: as large as
-    the map, it moves over x to only k×k places. Each channel of each sample has a filter of its
-    own, so all of them lie side by side as b·c channels of one image; the sum over b comes last.
+    where L is the loss, g = ∂L/∂y and r = k // 2. The first convolves g with W turned by 180
+    degrees. In the second, g is the filter: as large as the map, it moves over x to only k×k
+    places. Each channel of each sample has a filter of its own, so all of them lie side by side as
+    b·c channels of one image; the sum over b comes last.
     PyTorch's kernel for such a convolution is so much faster than its kernel for this gradient that
     the layer's backward pass takes 0.4 to 0.6 of the time (the networks' maps, float32, one Zen 3
     core with AVX2).

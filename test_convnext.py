@@ -805,8 +805,13 @@ def test_much_augmentation_for_few_epochs_is_noted(small, monkeypatch, capsys, f
     assert outcome(f"{QUICK} {flags} --output run") == "0"
     assert ("this is much augmentation" in capsys.readouterr().err) == noted
 
-def test_the_remaining_time_includes_the_evaluations(small, monkeypatch, capsys):
-    """1 s for each of 3 steps, 10 s for an evaluation, after epochs 2, 4 and 5."""
+@pytest.mark.parametrize(("flags", "expected"), [
+    ("--epochs 5 --eval-every 2", ["12", "29", "16", "13", "0"]),
+    ("--epochs 4 --eval-every 4 --start-size 16", ["27", "24", "3", "0"])],
+    ids=["evaluations", "sizes"])
+def test_remaining_time(small, monkeypatch, capsys, flags, expected):
+    """1 s for each of 3 steps, and 10 s for an evaluation. Nothing is evaluated before the first
+    line. Half as large images, half of the time, let expect a fourfold time later."""
     clock = [0]
     step, evaluate = train.train_step, train.evaluate
 
@@ -821,10 +826,8 @@ def test_the_remaining_time_includes_the_evaluations(small, monkeypatch, capsys)
     monkeypatch.setattr(train, "train_step", slow_step)
     monkeypatch.setattr(train, "evaluate", slow_evaluate)
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
-    line = f"{QUICK} --epochs 5 --eval-every 2 --ema-horizon 0 --output run"
-    assert outcome(line) == "0"
-    left = re.findall(r"(\d+) s left", capsys.readouterr().out)
-    assert left == ["12", "29", "16", "13", "0"]  # nothing is measured before the first line
+    assert outcome(f"{QUICK} {flags} --ema-horizon 0 --output run") == "0"
+    assert re.findall(r"(\d+) s left", capsys.readouterr().out) == expected
 
 def test_without_held_out_images_the_test_images_are_measured(small, monkeypatch):
     calls, _ = measured(monkeypatch, f"{QUICK} --epochs 1 --ema-horizon 0")
@@ -1674,6 +1677,11 @@ def test_layers_do_what_they_are_told(speed_up, told):
         with torch.no_grad():
             assert_close(changed(x), y)
 
+def test_one_layer_with_another_function_keeps_it(speed_up):
+    layer = convnext.DepthwiseConv(6)
+    layer._conv_forward = Mock(return_value=torch.ones(1))
+    assert speed_up(layer)(torch.zeros(1, 6, 7, 7)) == 1
+
 @pytest.mark.parametrize("stem", [
     nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 40, 1)),
     nn.Sequential(nn.Conv2d(3, 40, 7, 2, 3), nn.MaxPool2d(3, 2, 1))],
@@ -2139,7 +2147,9 @@ def test_another_network_in_the_config_is_refused(config, message, tmp_path):
         from_checkpoint(tmp_path / "renamed.pth")
 
 @pytest.mark.parametrize("config", [
-    '{"architecture": "unet", "lr": 1e-3}', '{"model_type": "bert", "hidden_act": "relu"}'])
+    '{"architecture": "unet", "lr": 1e-3}', '{"model_type": "bert", "hidden_act": "relu"}',
+    '{"architecture": "resnet18", "pretrained_cfg": {"mean": [0.5]}}', '{"model_type": null}',
+    '{"id2label": ["a", "b", "c"]}', '{"pretrained_cfg": {}}'])
 def test_a_config_of_something_else_means_nothing(config, tmp_path):
     saved_atto(tmp_path / "weights.pth")
     (tmp_path / "config.json").write_text(config)
@@ -2895,6 +2905,12 @@ def test_a_run_leaves_what_is_promised(small, capsys):
     os.remove("run/last.pt")  # to save space
     assert "run holds a run, weights.safetensors: give another" in outcome(line)
 
+def test_a_run_goes_on_without_tensorboard(small, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not there
+    assert outcome(f"{QUICK} --epochs 2 --output run") == "0"
+    assert capsys.readouterr().err.count("TensorBoard does not get all numbers") == 1
+    assert len(read_csv("run/metrics.csv")) == 2
+
 def test_tensorboard_shows_what_metrics_csv_has(small):
     """Each epoch once, also those that a resumed run takes again."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -3103,6 +3119,7 @@ def test_large_numbers_are_printed_without_exponents(number, text):
     ("--init-from first --recipe finetune", {"layer_decay": 0.8}),
     ("--eval-only first/weights.safetensors",  # takes the data set
      {"dataset": "synthetic", "depths": (1, 1), "epochs": 100}),
+    ("--eval-only first/last.pt", {"batch_size": 32, "epochs": 100}),
     ("--resume first/last.pt",  # takes all
      {"lr": 0.002, "layer_scale": 0.1, "output": "first", "epochs": 1}),
     ("--resume first/last.pt --lr 0.002 -j 3 --data-dir ~/x --amp bf16 --compile",
@@ -3237,6 +3254,9 @@ def test_wrong_values_are_refused_with_the_range(capsys, line, message):
     ("--distill-temperature 3", "--distill-temperature needs --teacher"),
     ("--road GELU --drop-path 0.1", "--drop-path needs a network without --road"),
     ("--road GELU --init paper", "--init needs a network without --road"),
+    ("--road LayerNorm --layer-scale 0.1",
+     "--layer-scale needs a network without --road, or its last step"),
+    ("--road 'Swin block' --layer-scale 0.1", "--layer-scale needs a network without --road"),
     ("--road GELU --head-init-scale 0.1", "--head-init-scale needs a network without")])
 def test_contradictions_are_refused(request, line, message):
     request.getfixturevalue("pretrained" if "first" in line else "small")
@@ -3433,6 +3453,30 @@ def test_signals_to_processes_that_read_images(small, name, result):
     make_folder("data")
     assert re.match(result, outcome_with(send, f"{LARGE} -b 1 -j 1 --output run", 1))
 
+@posix
+def test_a_stopped_run_is_saved_before_its_processes_end(small, monkeypatch):
+    """Schedulers give a program some seconds, and a process may be busy with a large batch."""
+    processes = []
+    spy(monkeypatch, "save", lambda run: processes.extend(multiprocessing.active_children()))
+    make_folder("data")
+    assert outcome_with(interrupt, f"{LARGE} -b 1 -j 1 --output run", 2) == "130"
+    assert len(processes) == 1
+
+@posix
+def test_an_error_that_is_kept_does_not_keep_the_processes():
+    """Python keeps the last one to its end, where it waits for all processes."""
+    def order():
+        yield from [[0]] * 3
+        raise KeyboardInterrupt
+
+    batches = train.read_in_processes(train.draw_shapes(1, 32, seed=0), order(), workers=1)
+    next(batches)
+    [process] = multiprocessing.active_children()
+    with pytest.raises(KeyboardInterrupt) as kept:
+        list(batches)
+    process.join(20)
+    assert not process.is_alive() and kept.value.__traceback__
+
 def lock_file(monkeypatch, name, tries):
     """As on Windows, while another program reads it, it cannot be replaced for some tries."""
     move, refusals = os.replace, iter([True] * tries)
@@ -3500,10 +3544,13 @@ def test_within_a_minute_of_a_long_epoch(small, monkeypatch):
     ended = outcome(f"{QUICK} -b 1 --output run")
     assert ended.startswith("UserError: by step 3, at lr ")
 
-def test_a_killed_reader_ends_an_evaluation_in_one_line(pretrained, monkeypatch):
-    error = RuntimeError("DataLoader worker (pid 7) is killed")
-    monkeypatch.setattr(train, "evaluate", Mock(side_effect=error))
-    assert outcome(f"--eval-only {pretrained}").endswith("try fewer --workers")
+@pytest.mark.parametrize(("error", "remedy"), [
+    ("DataLoader worker (pid 7) is killed", "try fewer --workers"),
+    ("DefaultCPUAllocator: can't allocate memory",
+     "give a --batch-size below 8: eight times as many are evaluated at once")])
+def test_errors_of_an_evaluation_have_a_remedy(pretrained, monkeypatch, error, remedy):
+    monkeypatch.setattr(train, "evaluate", Mock(side_effect=RuntimeError(error)))
+    assert outcome(f"--eval-only {pretrained} --batch-size 7") == f"UserError: {error}; {remedy}"
 
 @pytest.mark.parametrize(("error", "remedy"), [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),

@@ -135,7 +135,8 @@ class Recipe:
     road: str | None = setting(None, "network on the way from ResNet-50 to ConvNeXt, by its step, "
                                "which python convnext.py --road lists; or one with attention",
                                tuple(convnext.DESIGNS))
-    width: int = setting(0, "with --road: channels in stage 1; 0: as in the paper", "[0, inf)")
+    width: int = setting(0, "with --road: channels of stage 1's narrowest layers; 0: as in the "
+                            "paper", "[0, inf)")
     # The paper has patches of 4x4 pixels, LayerScale 1e-6 and initial weights of standard
     # deviation 0.02. On 32x32 images the values below learn faster; assets/results.md has figures.
     patch_size: int = setting(2, "side of the stem's patches", "[1, inf)")
@@ -170,7 +171,7 @@ class Recipe:
     clip_grad: float = setting(0, "largest norm of the gradient; 0: no limit", "[0, inf)")
     ema_horizon: float = setting(0.04, "average the weights over this share of the run; 0: none",
                                  "[0, 1)")
-    amp: str = setting("auto", "mixed precision; auto: bf16 where the hardware has it",
+    amp: str = setting("auto", "mixed precision; auto: bf16 on CUDA GPUs and x86 CPUs that have it",
                        ("auto", "bf16", "fp16", "off"), group="run")
     compile: bool = setting(False, "use torch.compile")
     device: str = setting("auto", "cuda, cuda:1, mps or cpu")
@@ -354,7 +355,7 @@ def prepare_run(recipe: Recipe, data: Data, source: Source | None) -> Run:
         recipe, Path(recipe.output), data, device, precision, model,
         ema=average_of(model, recipe.ema_horizon * total_steps) if recipe.ema_horizon else None,
         optimizers=make_optimizers(model, recipe, precision),
-        # The gradients' range is too small for float16 alone: they are scaled up, and back down.
+        # In float16, small gradients would become 0: the loss is scaled up, and they back down.
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         teacher=load_teacher(recipe, data, device) if recipe.teacher else None,
         init_note=init_note, macs=macs, steps_per_epoch=steps_per_epoch,
@@ -404,7 +405,7 @@ def train(run: Run) -> None:
         if run.step == run.total_steps or run.stopped_by:
             save(run)  # writes weights.safetensors if the finished run lacks it
             return
-        # A copy that runs on by itself needs pinned memory, which training_batches has for CUDA.
+        # An asynchronous copy needs pinned memory, which training_batches has for CUDA.
         pinned = run.device.type == "cuda"
         interval = 60 if progress.disable else 5  # seconds; looking at the loss makes a GPU wait
         step_ended = loss_checked = time.perf_counter()
@@ -440,10 +441,10 @@ def train(run: Run) -> None:
             if epoch_is_over:
                 record_epoch(run)
             if run.stopped_by:
+                if not epoch_is_over:  # at the end of an epoch it is saved already
+                    save(run)  # here, as the processes that read images may take seconds to end
                 break
             step_ended = time.perf_counter()
-        if run.step % run.steps_per_epoch:  # at the end of an epoch it is saved already
-            save(run)
 
 def record_epoch(run: Run) -> None:
     """Save the epoch, then measure: whatever happens in an evaluation, the epoch is not lost."""
@@ -472,9 +473,12 @@ def measure_epoch(run: Run) -> None:
         run.to_measure = False
         save_best(run)
         save(run)
-    epochs_left = run.recipe.epochs - row["epoch"]
-    measurements_left = math.ceil(epochs_left / run.recipe.eval_every)
-    left = epochs_left * row["seconds"] + measurements_left * run.measure_seconds
+    r = run.recipe
+    epochs_left = range(row["epoch"], r.epochs)  # counted from 0
+    pixels_left = sum(r.size_at(epoch) ** 2 for epoch in epochs_left)
+    pixels = r.size_at(row["epoch"] - 1) ** 2  # the time of an epoch grows with them
+    measurements_left = math.ceil(len(epochs_left) / r.eval_every)
+    left = row["seconds"] * pixels_left / pixels + run.measure_seconds * measurements_left
     shown = [name for name in row if name not in ("step", "seconds") and "top5" not in name]
     text = "  ".join(f"{name} {in_digits(row[name])}" for name in shown)
     say(f"{text}  {left:.0f} s left")
@@ -1086,10 +1090,10 @@ def prepare_data(recipe: Recipe, source: Source | None = None,
         names = shorten([train.classes[i] for i in sorted(empty)])
         raise UserError(f"there are no training images of {names} that can be read")
     train, val = hold_out(all_train, recipe.val_size)
-    if train.in_memory and recipe.img_size > SMALL:
+    if train.is_tensor and recipe.img_size > SMALL:
         note(f"images above {SMALL} pixels in a tensor are neither cropped nor shifted; a list of "
              "arrays or a folder is")
-    elif not train.in_memory and recipe.crop_scale < 1:
+    elif not train.is_tensor and recipe.crop_scale < 1:
         train = replace(train, to_square=T.RandomResizedCrop(
             recipe.img_size, (recipe.crop_scale, 1), interpolation=T.InterpolationMode.BICUBIC))
     if source:
@@ -1098,7 +1102,7 @@ def prepare_data(recipe: Recipe, source: Source | None = None,
         mean, std = channel_statistics(all_train, recipe)
     # Large images are read only when they are needed. With --skip-bad, a test image that is damaged
     # during the run is left out at its resume, so the list before that counts.
-    test_fingerprint = fingerprint(test if test.in_memory else unread_test, recipe)
+    test_fingerprint = fingerprint(test if test.is_tensor else unread_test, recipe)
     return Data(train, val, test, all_train.classes, mean, std, fingerprint(all_train, recipe),
                 test_fingerprint)
 
@@ -1118,7 +1122,7 @@ class Images(Dataset):
     def __post_init__(self) -> None:
         self.labels = torch.as_tensor(self.labels).long()
         self.classes = [str(name) for name in self.classes]
-        if not self.in_memory:
+        if not self.is_tensor:
             self.images = [str(x) if isinstance(x, os.PathLike) else x for x in self.images]
         x = self.images
         if isinstance(x, Tensor) and (x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3):
@@ -1132,7 +1136,7 @@ class Images(Dataset):
                             "each")
 
     @property
-    def in_memory(self) -> bool:
+    def is_tensor(self) -> bool:
         return isinstance(self.images, Tensor)
 
     def __len__(self) -> int:
@@ -1140,7 +1144,7 @@ class Images(Dataset):
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Bytes (b, 3, h, w) and labels (b,)."""
-        if self.in_memory:
+        if self.is_tensor:
             return self.images[indices], self.labels[indices]
         return torch.stack([self.read(index) for index in indices]), self.labels[indices]
 
@@ -1156,7 +1160,7 @@ class Images(Dataset):
                             ) from error
 
     def subset(self, indices: Sequence[int]) -> Images:
-        if self.in_memory:
+        if self.is_tensor:
             images = self.images[list(indices)]
         else:
             images = [self.images[i] for i in indices]
@@ -1337,7 +1341,7 @@ def draw_shapes(count: int, size: int, seed: int) -> Images:
 def prepare_images(images: Images, recipe: Recipe) -> Images:
     """Images as they are evaluated: squares of --img-size. Small ones are read at once."""
     size = recipe.img_size
-    if images.in_memory:
+    if images.is_tensor:
         if images.images.shape[2:] != (size, size):
             height, width = images.images.shape[2:]
             raise UserError(f"the images have {height}x{width} pixels: make squares of them, and "
@@ -1443,7 +1447,7 @@ def hold_out(images: Images, val_size: float) -> tuple[Images, Images | None]:
 
 def channel_statistics(images: Images, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (3,) of pixels from 0 to 1; above 64x64, of some 2,000 images."""
-    if not images.in_memory:
+    if not images.is_tensor:
         images = images.subset(range(0, len(images), max(1, len(images) // 2000)))
     sums = torch.zeros(2, 3, dtype=torch.double)
     for batch, _ in evaluation_batches(images, recipe):
@@ -1481,23 +1485,28 @@ def evaluation_batches(images: Images, recipe: Recipe) -> Iterator[tuple[Tensor,
     """Yield all images in order: bytes (b, 3, h, w) and labels (b,)."""
     trained_at_once = math.ceil(recipe.batch_size / recipe.accumulate)
     # Without gradients an image takes less than an eighth of the memory.
-    size = min(8 * trained_at_once, 250 if images.in_memory else 64)
+    size = min(8 * trained_at_once, 250 if images.is_tensor else 64)
     indices = range(len(images))
     order = (list(indices[start : start + size]) for start in range(0, len(images), size))
-    return read_in_processes(images, order, 0 if images.in_memory else recipe.workers)
+    return read_in_processes(images, order, 0 if images.is_tensor else recipe.workers)
 
 def read_in_processes(reader: Dataset, order: Iterable, workers: int,
                       pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield reader[item] for the items in order, computed by other processes ahead of time.
     An item stands for a whole batch, so DataLoader's own way to make batches is turned off."""
-    for batch, notes in DataLoader(Reporter(reader), batch_size=None, sampler=order,
-                                   num_workers=workers, worker_init_fn=prepare_process,
-                                   pin_memory=pin_memory):
-        for text in notes:
-            note(text)
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    batches = DataLoader(Reporter(reader), batch_size=None, sampler=order, num_workers=workers,
+                         worker_init_fn=prepare_process, pin_memory=pin_memory)
+    try:
+        for batch, notes in batches:
+            for text in notes:
+                note(text)
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except BaseException as error:
+        # The error holds the processes, which ignore SIGTERM. At exit, Python would wait for them.
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 class Reporter(Dataset):
     """reader[item] in another process, which hands its errors and notes over to the main one: there
@@ -1577,7 +1586,7 @@ def open_source(name: str) -> Source:
     program, a network's of the road. What a file says of its run counts only if it is ours."""
     name = file_in(name)
     with one_line_errors(name):
-        content, metadata, settings = convnext.read_source(name)
+        content, metadata, described = convnext.read_source(name)
         saved = saved_by_us(content, metadata)
         args = saved.get("args", {})
         if args.get("road"):
@@ -1591,7 +1600,7 @@ def open_source(name: str) -> Source:
             channels = network.pop("in_channels")
             if channels != 3:
                 raise ValueError(f"its images have {channels} channels, not 3")
-    known = settings | args | saved  # this program stores mean and std beside its settings
+    known = described | args | saved  # this program stores mean and std beside its settings
     said = {key: known[key] for key in (*IMAGENET, "crop_pct") if known.get(key) is not None}
     expects = IMAGENET | said
     if not said.keys() >= IMAGENET.keys():
@@ -1621,10 +1630,10 @@ def saved_by_us(content: Mapping, metadata: Mapping[str, str]) -> Mapping[str, A
         return content
     if "checksum" not in metadata:
         return {}
-    notes = {key: value for key, value in metadata.items() if key != "checksum"}
-    if metadata["checksum"] != checksum(content, notes):
+    ours = {key: value for key, value in metadata.items() if key != "checksum"}
+    if metadata["checksum"] != checksum(content, ours):
         raise ValueError("it is damaged: its checksum differs")
-    return {key: json.loads(value) for key, value in notes.items() if key != "made_by"}
+    return {key: json.loads(value) for key, value in ours.items() if key != "made_by"}
 
 def road_tensors(content: Mapping) -> Mapping[str, Tensor]:
     """The weights of a network of the road: the average in last.pt, if there is one."""
@@ -1739,15 +1748,15 @@ def save_weights(run: Run) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     state = {"args": asdict(run.recipe), "classes": run.data.classes,
              "mean": run.data.mean.tolist(), "std": run.data.std.tolist()}
-    notes = {key: json.dumps(value) for key, value in state.items()}
-    notes["made_by"] = MADE_BY
-    notes["checksum"] = checksum(tensors, notes)
-    content = to_safetensors(tensors, notes)
+    metadata = {key: json.dumps(value) for key, value in state.items()}
+    metadata["made_by"] = MADE_BY
+    metadata["checksum"] = checksum(tensors, metadata)
+    content = to_safetensors(tensors, metadata)
     write_file(run.folder / "weights.safetensors", lambda path: path.write_bytes(content))
 
-def checksum(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """A hash of what weights.safetensors holds: the format has no checksum of its own."""
-    digest = hashlib.sha256(json.dumps(sorted(notes.items())).encode())
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name in sorted(tensors):
         values = tensors[name].cpu().contiguous().flatten()
         digest.update(name.encode() + bytes(values.view(torch.uint8).numpy()))
@@ -1851,14 +1860,18 @@ def catch_signals(run: Run) -> Iterator[None]:
         yield
 
 def log_to_tensorboard(run: Run, row: dict[str, float]) -> None:
-    """Add an epoch's row to the run's folder; `tensorboard --logdir runs` shows it."""
-    if run.tensorboard is None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+    """Add an epoch's row to the run's folder; `tensorboard --logdir runs` shows it. What goes wrong
+    here does not end the run, since metrics.csv has the same numbers."""
+    try:
+        if run.tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        run.tensorboard = SummaryWriter(run.folder, purge_step=row["epoch"])
-    for name in [name for name in row if name not in ("epoch", "step")]:
-        run.tensorboard.add_scalar(name, row[name], row["epoch"])
-    run.tensorboard.flush()
+            run.tensorboard = SummaryWriter(run.folder, purge_step=row["epoch"])
+        for name in [name for name in row if name not in ("epoch", "step")]:
+            run.tensorboard.add_scalar(name, row[name], row["epoch"])
+        run.tensorboard.flush()
+    except Exception as error:  # noqa: BLE001
+        note(f"TensorBoard does not get all numbers, metrics.csv does ({first_line(error)})")
 
 
 # --- 10. Prediction -----------------------------------------------------------------------------
@@ -1967,7 +1980,7 @@ PATHS = {"resume", "eval_only", "init_from", "teacher", "predict", "output", "da
 ANY_TIME = {"resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta", "teacher",
             "skip_bad", "amp", "compile"}
 EVALUATION = {"eval_only", "predict", "output", "dataset", "data_dir", "img_size", "crop_pct",
-              "skip_bad", "workers", "device", "amp", "tta"}
+              "skip_bad", "workers", "device", "amp", "tta", "batch_size"}
 
 def parse(argv: list[str]) -> dict[str, Any]:
     """The command line -> what was typed, and nothing else: {"batch_size": 64, ...}."""
@@ -2028,8 +2041,8 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
 
         the defaults of Recipe
         what the weights of --init-from or --eval-only say of themselves
-        the named recipe, or for --eval-only the data set, --skip-bad and --amp of the run that made
-            the weights
+        the named recipe, or for --eval-only some settings of the run that made the weights, such
+            as its data set
         what was typed
 
     --resume has all settings from its file.
@@ -2050,9 +2063,9 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
         if typed.get("img_size", weights["img_size"]) == weights["img_size"]:
             weights["crop_pct"] = source.expects.get("crop_pct")  # it belongs to this size
     if "eval_only" in typed:
-        kept = {"skip_bad", "amp"}
+        kept = {"skip_bad", "amp", "batch_size", "accumulate"}
         if source.settings.get("amp") == "fp16":
-            kept = {"skip_bad"}  # a CPU can measure this run, but not in float16
+            kept.remove("amp")  # a CPU can measure this run, but not in float16
         trained_on = source.settings.get("dataset")
         if typed.get("dataset", trained_on) == trained_on:
             kept |= {"dataset", "data_dir"}  # the folder belongs to this data set
@@ -2150,6 +2163,8 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
 
 def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
     """Raise UserError for a flag that would do nothing. 0, which turns something off, is fine."""
+    design = convnext.DESIGNS.get(r.road)
+    has_scale = not design or (design.separate_downsampling and not design.swin_block)
     uses = {  # a flag: whether it does something, and what it needs
         "width": (r.road, "--road"), "grn": (r.depths, "--depths"),
         "muon_lr": (r.optimizer == "muon", "--optimizer muon"),
@@ -2159,7 +2174,8 @@ def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
         "crop_scale": (r.img_size > SMALL, f"images above {SMALL} pixels"),
         "crop_pct": (r.img_size > SMALL, f"images above {SMALL} pixels"),
         "mix_prob": (r.mixup or r.cutmix, "a --mixup or --cutmix above 0"),
-        "distill_alpha": (r.teacher, "--teacher"), "distill_temperature": (r.teacher, "--teacher")}
+        "distill_alpha": (r.teacher, "--teacher"), "distill_temperature": (r.teacher, "--teacher"),
+        "layer_scale": (has_scale, "a network without --road, or its last step")}
     for name in ("mixup", "cutmix", "mix_off_epochs"):
         uses[name] = (r.mix_prob, "a --mix-prob above 0")
     for name in ("drop_path", "head_init_scale", "init"):
@@ -2254,8 +2270,10 @@ def explained_errors(recipe: Recipe) -> Iterator[None]:
             remedy = "try fewer --workers"
         elif "more than 1 value per channel" in text:
             remedy = "BatchNorm needs more: give a larger --batch-size, or a smaller --accumulate"
-        elif recipe.eval_only is None and ("allocate" in text or "out of memory" in text):
+        elif "allocate" in text or "out of memory" in text:
             remedy = "give a smaller --batch-size, or a larger --accumulate"
+            if recipe.eval_only:  # see evaluation_batches
+                remedy = "give a --batch-size below 8: eight times as many are evaluated at once"
         elif recipe.compile and type(error).__module__.startswith("torch._"):
             remedy = "leave out --compile, or give --no-compile"
         else:
@@ -2285,8 +2303,8 @@ def shorten(names: Sequence, most: int = 4) -> str:
     return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 def tune_backends() -> None:
-    """Settings of PyTorch and the C library that change nothing but the speed, or float32's last
-    bits on a GPU."""
+    """Settings of PyTorch and the C library for speed. On Linux, the program keeps the memory that
+    it frees. On GPUs with TensorFloat-32, matrix products round their float32 factors to it."""
     # Linux would hand the memory that a step frees to the next one page by page and filled with
     # zeros, which took a fifth of the time on a CPU. The C library shall keep it.
     if sys.platform == "linux":
@@ -2294,7 +2312,7 @@ def tune_backends() -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
             libc.mallopt(-4, 0)  # M_MMAP_MAX
-    torch.set_float32_matmul_precision("high")  # TensorFloat-32, on GPUs that have it
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32: 10 of the 23 bits
     torch.backends.cudnn.benchmark = True  # few batch sizes: find the fastest kernels of each
 
 def guard_streams() -> None:
@@ -2324,6 +2342,4 @@ if __name__ == "__main__":
     except Exception:  # noqa: BLE001
         traceback.print_exc()
         code = 1
-    # Not above: inside `except` the error still holds the processes that read images, and Python
-    # would wait for them.
     sys.exit(code)

@@ -1,7 +1,8 @@
 """The pictures and tables of walkthrough.ipynb, and the readers of its data. Nothing to study here.
 
 Orange stands for the mixing of positions, blue for the mixing of channels, green for norms, and
-grey for what acts on each value alone. Networks that are compared are black and grey.
+grey for what acts on each value alone. Networks that are compared are mostly black and grey, and
+those with attention purple.
 """
 
 import base64
@@ -354,6 +355,9 @@ def draw_row(axis: plt.Axes, boxes: list[Box], x: float, y: float,
 
 def changed(before: list, after: list) -> set[int]:
     """The numbers of the entries of `after` that are not in `before`."""
+    if [label for label, *_ in before] == [label for label, *_ in after]:  # compare one by one
+        pairs = zip(before, after)
+        return {number for number, (old, new) in enumerate(pairs) if old != new}
     same = set()
     for block in SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks():
         same |= set(range(block.b, block.b + block.size))
@@ -395,8 +399,12 @@ def designs(named: dict[str, convnext.Design], parts: tuple[str, ...] = tuple(PA
     plt.show()
 
 def fields_of(d: convnext.Design) -> str:
-    """Each field with its value, without the paths of classes."""
-    values = {name: getattr(value, "__name__", value) for name, value in d._asdict().items()}
+    """Each field with its value, as it can be typed in the notebook."""
+    values = d._asdict()
+    for name, value in values.items():
+        if isinstance(value, type):
+            module = "nn" if value.__module__.startswith("torch.") else value.__module__
+            values[name] = f"{module}.{value.__name__}"
     return ", ".join(f"{name}={value}" for name, value in values.items())
 
 def step(after: str, before: str | None = None) -> None:
@@ -884,7 +892,8 @@ def strongest_filters(networks: dict[str, nn.Module]) -> None:
             limit = kernel.abs().max()
             axis.imshow(kernel, cmap="RdBu_r", vmin=-limit, vmax=limit)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    figure.suptitle("Early filters stay small, later ones grow wide (red +, blue −)", fontsize=10)
+    figure.suptitle("Early filters stay small, later ones grow wide (red +, blue −; each has its "
+                    "own scale)", fontsize=10)
     plt.show()
 
 def learned_fields(networks: dict[str, list[tuple[Tensor, float]]]) -> plt.Figure:
@@ -897,7 +906,8 @@ def learned_fields(networks: dict[str, list[tuple[Tensor, float]]]) -> plt.Figur
         for number, (axis, (size, radius)) in enumerate(zip(row, sizes), 1):
             axis.imshow(size / size.max(), cmap="Oranges", norm=colors.PowerNorm(0.5, 0, 1))
             axis.set_title(f"stage {number}: {radius:.1f} px away", fontsize=9)
-    figure.suptitle("|gradient| by pixel, square-root scale, and its mean distance", fontsize=10)
+    figure.suptitle("|gradient| by pixel, relative to the panel's maximum, on a square-root scale, "
+                    "and its mean distance", fontsize=10)
     return figure
 
 def confidence(sure_by: Tensor, correct: Tensor) -> plt.Figure:
