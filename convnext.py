@@ -863,8 +863,8 @@ def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
         raise ValueError("torchvision has no ConvNeXt V2")
     if layout in ("meta", "huggingface") and grn and "stages.0.0.layer_scale.gamma" in state:
         raise ValueError("ConvNeXt V2 has no LayerScale there; fold_layer_scale removes it")
-    if layout == "timm" and len(depths) != 4:
-        raise ValueError(f"timm's ConvNeXt always has 4 stages, this one has {len(depths)}")
+    if layout in ("timm", "meta") and len(depths) != 4:
+        raise ValueError(f"{layout}'s ConvNeXt always has 4 stages, this one has {len(depths)}")
     if not grn:
         for name, bias in list(state.items()):
             if name.endswith(".dwconv.bias"):  # one in each block, with as many numbers as γ

@@ -22,6 +22,7 @@ UserError, for mistakes that the user can mend. You can skip these at first.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import csv
 import ctypes
@@ -30,6 +31,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -154,7 +156,8 @@ class Recipe:
     distill_temperature: float = setting(2, "divisor of both networks' logits", "(0, inf)")
     epochs: int = setting(100, "passes over the images", "[1, 1000000]", group="optimization")
     batch_size: int = setting(128, "images per step", "[1, 1000000]", short="-b")
-    accumulate: int = setting(1, "compute each batch in N parts, to need less memory", "[1, inf)")
+    accumulate: int = setting(1, "compute each batch in N parts, to need less memory; BatchNorm, "
+                                 "in networks of the road, sees one part at a time", "[1, inf)")
     optimizer: str = setting("adamw", "muon: Muon for the blocks' matrices and dense filters, "
                              "AdamW for the rest; sgd: with momentum 0.9", ("adamw", "muon", "sgd"))
     lr: float = setting(1e-3, "peak learning rate", "(0, inf)")
@@ -525,6 +528,8 @@ def train_step(
         loss = loss * (len(images) / len(x))
         scaler.scale(loss).backward()
         total += loss.detach()
+    if scaler.is_enabled():  # one infinite gradient makes all of them NaN, so no optimizer steps
+        nn.utils.clip_grad_norm_(model.parameters(), math.inf)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     if recipe.clip_grad:
@@ -1260,9 +1265,11 @@ def find_images(root: Path) -> dict[str, list[str]]:
             name = unicodedata.normalize("NFC", folder)
             found.setdefault(name, []).extend(pictures_below(root / folder, left_out))
     if left_out:
-        counts = [f"{count} {what}" for what, count in left_out.most_common()]
-        note(f"{root}: left out what is no image of a class: {shorten(counts, 9)}")
+        note(f"{root}: left out what is no image of a class: {counted(left_out)}")
     return {name: found[name] for name in sorted(found)}
+
+def counted(left_out: Counter) -> str:
+    return shorten([f"{count} {what}" for what, count in left_out.most_common()], 9)
 
 def is_foreign(name: str) -> bool:
     return name.startswith(".") or name in FOREIGN
@@ -1285,10 +1292,13 @@ def pictures_below(root: str, left_out: Counter) -> list[str]:
         folders[:] = entered  # tells os.walk where to go
         for file in sorted(files):
             suffix = os.path.splitext(file)[1].lower()
-            if suffix in suffixes and not file.startswith("."):
+            is_hidden = file.startswith(".")
+            if suffix in suffixes and not is_hidden:
                 paths.append(os.path.join(place, file))
-            else:
+            elif suffix:
                 left_out[f"*{suffix}"] += 1
+            elif not is_hidden:
+                left_out["without a suffix"] += 1
     return paths
 
 def load_torchvision(recipe: Recipe, train: bool) -> Images:
@@ -1298,6 +1308,10 @@ def load_torchvision(recipe: Recipe, train: bool) -> Images:
         if name == "imagenet":  # by identifiers, since two classes have the name "crane"
             data = torchvision.datasets.ImageNet(root, "train" if train else "val")
             paths = [path for path, _ in data.samples]
+            complete = 1_281_167 if train else 50_000
+            if len(paths) != complete:
+                note(f"{data.split_folder} has {len(paths):,} images instead of {complete:,}. If "
+                     "its unpacking was stopped, delete it and start again")
             return Images(paths, data.targets, data.wnids)
         if name == "food101":
             data = torchvision.datasets.Food101(root, "train" if train else "test", download=True)
@@ -1306,7 +1320,8 @@ def load_torchvision(recipe: Recipe, train: bool) -> Images:
         return Images(data.data, data.targets, data.classes)
     except (OSError, RuntimeError, ImportError) as error:
         raise UserError(f"{name} could not be loaded ({first_line(error)}). assets/howto.md "
-                        f"says which file {root}/ lacks; or use --dataset folder or synthetic"
+                        f"says which file {root}/ lacks. If an archive was unpacked in part, "
+                        "delete the folder that came from it. Or use --dataset folder or synthetic"
                         ) from error
 
 SHAPES = {"star": 0.6, "diamond": 1, "disk": 2, "square": 9}  # exponents p: |u|^p + |v|^p < 1
@@ -1469,7 +1484,8 @@ def fingerprint(images: Images, recipe: Recipe) -> str:
         if isinstance(image, str) and recipe.dataset == "python":
             digest.update(os.fsencode(image))
         elif isinstance(image, str):
-            digest.update(os.fsencode(os.path.relpath(image, recipe.data_dir)))
+            path = Path(os.path.relpath(image, recipe.data_dir))
+            digest.update(os.fsencode(path.as_posix()))  # the same on Windows
         else:
             digest.update(np.ascontiguousarray(image))
     return digest.hexdigest()
@@ -1496,17 +1512,12 @@ def read_in_processes(reader: Dataset, order: Iterable, workers: int,
     An item stands for a whole batch, so DataLoader's own way to make batches is turned off."""
     batches = DataLoader(Reporter(reader), batch_size=None, sampler=order, num_workers=workers,
                          worker_init_fn=prepare_process, pin_memory=pin_memory)
-    try:
-        for batch, notes in batches:
-            for text in notes:
-                note(text)
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    except BaseException as error:
-        # The error holds the processes, which ignore SIGTERM. At exit, Python would wait for them.
-        traceback.clear_frames(error.__traceback__)
-        raise
+    for batch, notes in batches:
+        for text in notes:
+            note(text)
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 class Reporter(Dataset):
     """reader[item] in another process, which hands its errors and notes over to the main one: there
@@ -1553,6 +1564,16 @@ def prepare_process(_worker: int) -> None:
     """Leave signals, which may reach all processes, to the main one."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+@atexit.register
+def end_processes() -> None:
+    """End the processes that an error in a user's script left behind. Python would send SIGTERM,
+    which they ignore, and then wait for them for ever."""
+    if os.name == "posix":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 def seed_for(seed: int, purpose: str, number: int) -> int:
     """A seed of its own for each purpose and step or epoch: a resumed run draws the same."""
@@ -1897,6 +1918,11 @@ def print_predictions(source: Source, recipe: Recipe) -> None:
     paths = find_pictures(recipe.predict)
     if recipe.output and not Path(recipe.output).parent.is_dir():
         raise UserError(f"--output: there is no folder {Path(recipe.output).parent}")
+    if recipe.output and os.path.exists(recipe.output):
+        try:
+            open(recipe.output, "ab").close()  # fails now, not later, if another program holds it
+        except OSError as error:
+            raise UserError(f"--output: cannot write {recipe.output} ({error.strerror})") from error
     names = class_names(source)
     rows = []
     for path, classes in predictions(source, recipe, paths):
@@ -1943,7 +1969,10 @@ def find_pictures(place: str) -> list[str]:
         return [place]
     if not os.path.isdir(place):
         raise UserError(f"--predict {place}: there is no such file or folder")
-    paths = pictures_below(place, Counter())
+    left_out = Counter()
+    paths = pictures_below(place, left_out)
+    if left_out:
+        note(f"{place}: left out what is no picture: {counted(left_out)}")
     if not paths:
         raise UserError(f"--predict {place}: there is no picture in this folder")
     return paths
@@ -2069,6 +2098,8 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
         trained_on = source.settings.get("dataset")
         if typed.get("dataset", trained_on) == trained_on:
             kept |= {"dataset", "data_dir"}  # the folder belongs to this data set
+        if "batch_size" in typed:
+            kept.remove("accumulate")  # it belongs to the batch size of the run
         named = {key: value for key, value in source.settings.items() if key in kept}
     elif typed.get("recipe") == "fast":
         named = dict(fast(what_recipes_need(merge(FAST, typed))))
@@ -2115,7 +2146,11 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
     """Raise UserError for flags that cannot stand together."""
     names = typed.keys()
     saved = source.settings if source else {}
-    changed = [flag(name) for name in typed if name not in ANY_TIME
+    any_time = set(ANY_TIME)
+    design = convnext.DESIGNS.get(saved.get("road"))
+    if design and design.norm is nn.BatchNorm2d:
+        any_time.remove("accumulate")  # BatchNorm's statistics are those of a part
+    changed = [flag(name) for name in typed if name not in any_time
                and saved.get(name) != typed[name]]
     unused = [flag(name) for name in typed if name not in EVALUATION]
     resumes = "resume" in names
@@ -2178,6 +2213,8 @@ def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
         "layer_scale": (has_scale, "a network without --road, or its last step")}
     for name in ("mixup", "cutmix", "mix_off_epochs"):
         uses[name] = (r.mix_prob, "a --mix-prob above 0")
+    if not (r.mixup or r.cutmix):
+        uses["mix_off_epochs"] = (False, "a --mixup or --cutmix above 0")
     for name in ("drop_path", "head_init_scale", "init"):
         uses[name] = (not r.road, "a network without --road")
     for name, (is_used, needs) in uses.items():
