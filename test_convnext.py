@@ -539,7 +539,8 @@ def test_depthwise_gradient_is_the_derivative(size):
 @pytest.mark.parametrize("size", [
     (3, 5, 8, 8), (43, 96, 16, 16), (2, 40, 2, 30), (9, 16, 1, 1)])
 def test_depthwise_gradient_is_pytorchs(size, dtype, monkeypatch):
-    """As near to the derivative in double precision as PyTorch's, in three layouts."""
+    """As near to the derivative in double precision as PyTorch's, in three layouts, or for the
+    large size, which takes seconds, in the networks' own."""
     monkeypatch.setattr(convnext, "FAST_DTYPES", (dtype,))  # on every CPU
     plain, fast = convnext.DepthwiseConv, convnext.FastDepthwiseConv
     conv, direction = plain(size[1]), torch.randn(size, dtype=dtype)
@@ -554,7 +555,8 @@ def test_depthwise_gradient_is_pytorchs(size, dtype, monkeypatch):
         return [g.double() for g in torch.autograd.grad(y, inputs, direction.to(dtype))]
 
     channels_last = wide.contiguous(memory_format=torch.channels_last)
-    for x in (wide, wide.contiguous(), channels_last):
+    layouts = [channels_last] if size[0] == 43 else [wide, wide.contiguous(), channels_last]
+    for x in layouts:
         exact = derivatives(plain, x, torch.double)
         all_three = zip(derivatives(fast, x), derivatives(plain, x), exact)
         for ours, pytorchs, truth in all_three:
@@ -806,7 +808,7 @@ def test_much_augmentation_for_few_epochs_is_noted(small, monkeypatch, capsys, f
     assert ("this is much augmentation" in capsys.readouterr().err) == noted
 
 @pytest.mark.parametrize(("flags", "expected"), [
-    ("--epochs 5 --eval-every 2", ["12", "29", "16", "13", "0"]),
+    ("--epochs 5 --eval-every 2", ["12", "29", "26", "13", "0"]),
     ("--epochs 4 --eval-every 4 --start-size 16", ["27", "24", "3", "0"])],
     ids=["evaluations", "sizes"])
 def test_remaining_time(small, monkeypatch, capsys, flags, expected):
@@ -2564,7 +2566,7 @@ def test_nothing_in_a_folder_disappears_or_is_doubled(small, capsys):
         assert Path(path).relative_to(root).parts[0] == data.classes[label]
     said = capsys.readouterr().err
     for count in ("1 .ipynb_checkpoints", "1 @eaDir", "1 parent", "1 .hidden", "1 *.txt",
-                  "2 *.pn"):
+                  "1 *.png", "1 hidden"):
         assert count in said, said
 
 RNG = np.random.default_rng(0)
@@ -3072,10 +3074,10 @@ def test_predict_leaves_out_bad_pictures_if_told_to(pictures):
 
 def test_predict_says_what_it_leaves_out(small, capsys):
     save_picture("pictures/a.png")
-    for name in ("a.heic", "b.heic", "c", ".DS_Store"):
+    for name in ("a.heic", "b.heic", "c", ".DS_Store", "._a.png"):
         Path("pictures", name).touch()
     assert train.find_pictures("pictures") == [str(Path("pictures/a.png"))]
-    said = "pictures: left out what is no picture: 2 *.heic, 1 without a suffix\n"
+    said = "pictures: left out what is no picture: 2 hidden, 2 *.heic, 1 without a suffix\n"
     assert capsys.readouterr().err == f"note: {said}"
 
 def test_predict_tries_first_whether_it_can_write(pictures, monkeypatch):
@@ -3513,19 +3515,25 @@ def test_a_stopped_run_is_saved_before_its_processes_end(small, monkeypatch):
     assert len(processes) == 1
 
 @posix
-def test_processes_that_an_error_holds_are_ended_at_exit():
-    """Python keeps the last error to its end, where it would wait for them."""
-    former = signal.getsignal(signal.SIGCHLD)
-    batches = train.read_in_processes(train.draw_shapes(1, 32, seed=0), [[0]] * 9, workers=1)
+def test_a_script_ends_although_it_holds_processes(tmp_path):
+    """Python keeps the last error to its end, and would wait for what it holds. A pool that the
+    script has forgotten is Python's to end."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+import multiprocessing
+import train
+def use(batches):
     next(batches)
-    [process] = multiprocessing.active_children()
-    try:
-        train.end_processes()
-        process.join(20)
-        assert not process.is_alive()
-        del batches
-    finally:
-        signal.signal(signal.SIGCHLD, former)
+    raise ValueError("a fault")
+if __name__ == "__main__":
+    pool = multiprocessing.Pool(1)
+    pool.map(abs, [-1])
+    use(train.read_in_processes(train.draw_shapes(1, 32, seed=0), [[0]] * 9, workers=1))
+""")
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    ended = subprocess.run([sys.executable, script], check=False, env=environment,
+                           capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1 and ended.stderr.endswith("ValueError: a fault\n")
 
 def lock_file(monkeypatch, name, tries):
     """As on Windows, while another program reads it, it cannot be replaced for some tries."""
@@ -3597,7 +3605,7 @@ def test_within_a_minute_of_a_long_epoch(small, monkeypatch):
 @pytest.mark.parametrize(("error", "remedy"), [
     ("DataLoader worker (pid 7) is killed", "try fewer --workers"),
     ("DefaultCPUAllocator: can't allocate memory",
-     "give a --batch-size below 8: eight times as many are evaluated at once")])
+     "give a --batch-size below 7: eight times as many are read at once")])
 def test_errors_of_an_evaluation_have_a_remedy(pretrained, monkeypatch, error, remedy):
     monkeypatch.setattr(train, "evaluate", Mock(side_effect=RuntimeError(error)))
     assert outcome(f"--eval-only {pretrained} --batch-size 7") == f"UserError: {error}; {remedy}"

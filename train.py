@@ -22,7 +22,6 @@ UserError, for mistakes that the user can mend. You can skip these at first.
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import csv
 import ctypes
@@ -31,7 +30,7 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import re
 import shlex
@@ -480,8 +479,9 @@ def measure_epoch(run: Run) -> None:
     epochs_left = range(row["epoch"], r.epochs)  # counted from 0
     pixels_left = sum(r.size_at(epoch) ** 2 for epoch in epochs_left)
     pixels = r.size_at(row["epoch"] - 1) ** 2  # the time of an epoch grows with them
-    measurements_left = math.ceil(len(epochs_left) / r.eval_every)
-    left = row["seconds"] * pixels_left / pixels + run.measure_seconds * measurements_left
+    measured = [epoch for epoch in epochs_left
+                if (epoch + 1) % r.eval_every == 0 or epoch + 1 == r.epochs]
+    left = row["seconds"] * pixels_left / pixels + run.measure_seconds * len(measured)
     shown = [name for name in row if name not in ("step", "seconds") and "top5" not in name]
     text = "  ".join(f"{name} {in_digits(row[name])}" for name in shown)
     say(f"{text}  {left:.0f} s left")
@@ -1256,7 +1256,7 @@ def find_images(root: Path) -> dict[str, list[str]]:
     circles. Raises UserError for a folder that cannot be read."""
     found: dict[str, list[str]] = {}
     _, folders, files = next(os.walk(root, onerror=refuse_folder))
-    left_out = Counter(f"*{Path(file).suffix}" for file in files)
+    left_out = Counter(kind_of(file) for file in files)
     for folder in sorted(folders):
         if is_foreign(folder):
             left_out[folder] += 1
@@ -1267,6 +1267,13 @@ def find_images(root: Path) -> dict[str, list[str]]:
     if left_out:
         note(f"{root}: left out what is no image of a class: {counted(left_out)}")
     return {name: found[name] for name in sorted(found)}
+
+def kind_of(file: str) -> str:
+    """How a note calls a file that is left out."""
+    if file.startswith("."):
+        return "hidden"
+    suffix = os.path.splitext(file)[1].lower()
+    return f"*{suffix}" if suffix else "without a suffix"
 
 def counted(left_out: Counter) -> str:
     return shorten([f"{count} {what}" for what, count in left_out.most_common()], 9)
@@ -1292,13 +1299,10 @@ def pictures_below(root: str, left_out: Counter) -> list[str]:
         folders[:] = entered  # tells os.walk where to go
         for file in sorted(files):
             suffix = os.path.splitext(file)[1].lower()
-            is_hidden = file.startswith(".")
-            if suffix in suffixes and not is_hidden:
+            if suffix in suffixes and not file.startswith("."):
                 paths.append(os.path.join(place, file))
-            elif suffix:
-                left_out[f"*{suffix}"] += 1
-            elif not is_hidden:
-                left_out["without a suffix"] += 1
+            else:
+                left_out[kind_of(file)] += 1
     return paths
 
 def load_torchvision(recipe: Recipe, train: bool) -> Images:
@@ -1565,7 +1569,6 @@ def prepare_process(_worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
-@atexit.register
 def end_processes() -> None:
     """End the processes that an error in a user's script left behind. Python would send SIGTERM,
     which they ignore, and then wait for them for ever."""
@@ -1573,7 +1576,11 @@ def end_processes() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error
     for process in multiprocessing.active_children():
         if process.daemon:
+            process.terminate()
+            process.join(1)
             process.kill()
+
+multiprocessing.util.Finalize(None, end_processes, exitpriority=0)  # calls it when Python ends
 
 def seed_for(seed: int, purpose: str, number: int) -> int:
     """A seed of its own for each purpose and step or epoch: a resumed run draws the same."""
@@ -2310,7 +2317,8 @@ def explained_errors(recipe: Recipe) -> Iterator[None]:
         elif "allocate" in text or "out of memory" in text:
             remedy = "give a smaller --batch-size, or a larger --accumulate"
             if recipe.eval_only:  # see evaluation_batches
-                remedy = "give a --batch-size below 8: eight times as many are evaluated at once"
+                size = min(8, math.ceil(recipe.batch_size / recipe.accumulate))
+                remedy = f"give a --batch-size below {size}: eight times as many are read at once"
         elif recipe.compile and type(error).__module__.startswith("torch._"):
             remedy = "leave out --compile, or give --no-compile"
         else:
