@@ -1092,6 +1092,17 @@ def flatten(content: Mapping, path: str = "") -> Iterator[tuple[str, Any]]:
         else:
             yield f"{path}{name}", value
 
+def respell(values: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Give the values the names of a layout, where another program spells them differently."""
+    spellings = SPELLINGS
+    if any(re.search(r"\d\.pointwise_conv1\.", name) for name, _ in values):
+        spellings = SPELLINGS | OPENMMLAB_AND_DINOV3
+        if not any("model.stages." in name for name, _ in values):  # transformers before 5
+            spellings |= {r"\blayer_norm\.": "norm."}
+    for old, new in spellings.items():
+        values = [(re.sub(old, new, name), value) for name, value in values]
+    return values
+
 def find_network(names: list[str]) -> tuple[str, str]:
     """Return layout and prefix of the network whose parameters are among these names."""
     networks = {}
@@ -1136,14 +1147,7 @@ def read_weights(source: Mapping | str | PathLike) -> dict[str, Tensor]:
             raise ValueError("the average may be state_dict (as MMEngine writes it) or "
                              "ema_state_dict: pass one of them")
         content = content["state_dict"]
-    values = list(flatten(content))
-    spellings = SPELLINGS
-    if any(re.search(r"\d\.pointwise_conv1\.", name) for name, _ in values):
-        spellings = SPELLINGS | OPENMMLAB_AND_DINOV3
-        if not any("model.stages." in name for name, _ in values):  # transformers before 5
-            spellings |= {r"\blayer_norm\.": "norm."}
-    for old, new in spellings.items():
-        values = [(re.sub(old, new, name), value) for name, value in values]
+    values = respell(list(flatten(content)))
     layout, prefix = find_network([name for name, _ in values])
     if layout == "huggingface":  # there only the backbone has "convnext.", the classifier has not
         prefix = re.sub(r"convnext(v2)?\.$", "", prefix)

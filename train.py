@@ -2153,12 +2153,7 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
     """Raise UserError for flags that cannot stand together."""
     names = typed.keys()
     saved = source.settings if source else {}
-    any_time = set(ANY_TIME)
-    design = convnext.DESIGNS.get(saved.get("road"))
-    if design and design.norm is nn.BatchNorm2d:
-        any_time.remove("accumulate")  # BatchNorm's statistics are those of a part
-    changed = [flag(name) for name in typed if name not in any_time
-               and saved.get(name) != typed[name]]
+    changed = [flag(name) for name in changed_settings(typed, saved)]
     unused = [flag(name) for name in typed if name not in EVALUATION]
     resumes = "resume" in names
     evaluates = "eval_only" in names
@@ -2202,6 +2197,14 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
     for is_wrong, text in rules:
         if is_wrong:
             raise UserError(text)
+
+def changed_settings(typed: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """What differs from the settings of a saved run and would change its result."""
+    free = set(ANY_TIME)
+    design = convnext.DESIGNS.get(saved.get("road"))
+    if design and design.norm is nn.BatchNorm2d:
+        free.remove("accumulate")  # BatchNorm's statistics are those of a part
+    return [name for name in typed if name not in free and saved.get(name) != typed[name]]
 
 def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
     """Raise UserError for a flag that would do nothing. 0, which turns something off, is fine."""
