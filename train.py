@@ -208,6 +208,15 @@ class Recipe:
         small = self.start_size and epoch < int(self.epochs * self.start_share)
         return self.start_size if small else self.img_size
 
+    def is_measured(self, epoch: int) -> bool:
+        """Whether the network is evaluated after this epoch, counted from 0."""
+        return (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs
+
+    @property
+    def part_size(self) -> int:
+        """How many images of a batch are computed at once."""
+        return math.ceil(self.batch_size / self.accumulate)
+
 # For a small network on two CPU cores; assets/results.md shows what most of these gain.
 FAST = {
     "variant": "atto", "patch_size": 1, "drop_path": 0.0,
@@ -457,8 +466,7 @@ def record_epoch(run: Run) -> None:
         "train_loss": sums["loss"].item() / run.steps_per_epoch, "lr": sums["lr"],
         "seconds": sums["seconds"], "images_per_s": images / sums["seconds"],
         "data_share": sums["waiting"] / sums["seconds"]})  # of the time, spent waiting for images
-    epoch = len(run.history)
-    run.to_measure = epoch % run.recipe.eval_every == 0 or epoch == run.recipe.epochs
+    run.to_measure = run.recipe.is_measured(len(run.history) - 1)
     save(run)
     measure_epoch(run)
 
@@ -479,9 +487,8 @@ def measure_epoch(run: Run) -> None:
     epochs_left = range(row["epoch"], r.epochs)  # counted from 0
     pixels_left = sum(r.size_at(epoch) ** 2 for epoch in epochs_left)
     pixels = r.size_at(row["epoch"] - 1) ** 2  # the time of an epoch grows with them
-    measured = [epoch for epoch in epochs_left
-                if (epoch + 1) % r.eval_every == 0 or epoch + 1 == r.epochs]
-    left = row["seconds"] * pixels_left / pixels + run.measure_seconds * len(measured)
+    measurements_left = sum(r.is_measured(epoch) for epoch in epochs_left)
+    left = row["seconds"] * pixels_left / pixels + run.measure_seconds * measurements_left
     shown = [name for name in row if name not in ("step", "seconds") and "top5" not in name]
     text = "  ".join(f"{name} {in_digits(row[name])}" for name in shown)
     say(f"{text}  {left:.0f} s left")
@@ -1503,9 +1510,8 @@ def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
 
 def evaluation_batches(images: Images, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all images in order: bytes (b, 3, h, w) and labels (b,)."""
-    trained_at_once = math.ceil(recipe.batch_size / recipe.accumulate)
     # Without gradients an image takes less than an eighth of the memory.
-    size = min(8 * trained_at_once, 250 if images.is_tensor else 64)
+    size = min(8 * recipe.part_size, 250 if images.is_tensor else 64)
     indices = range(len(images))
     order = (list(indices[start : start + size]) for start in range(0, len(images), size))
     return read_in_processes(images, order, 0 if images.is_tensor else recipe.workers)
@@ -2320,7 +2326,7 @@ def explained_errors(recipe: Recipe) -> Iterator[None]:
         elif "allocate" in text or "out of memory" in text:
             remedy = "give a smaller --batch-size, or a larger --accumulate"
             if recipe.eval_only:  # see evaluation_batches
-                size = min(8, math.ceil(recipe.batch_size / recipe.accumulate))
+                size = min(8, recipe.part_size)
                 remedy = f"give a --batch-size below {size}: eight times as many are read at once"
         elif recipe.compile and type(error).__module__.startswith("torch._"):
             remedy = "leave out --compile, or give --no-compile"
