@@ -1563,6 +1563,7 @@ BYTES = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
      "uint8 and shape .n, 3, h, w., not torch.float"),
     (lambda: train.Images(BYTES[:, :2], [0, 1], [*"ab"]), r"not torch.uint8 and \(2, 2, 4, 4\)"),
     (lambda: train.Images(BYTES, [0], [*"ab"]), "there are 2 images, but 1 labels"),
+    (lambda: train.Images([], [], [*"ab"]), "there are no images"),
     (lambda: train.Images(BYTES, [0, 2], [*"ab"]), "labels must be indices from 0 to 1"),
     (lambda: train.Recipe(epochs="3"), r"a whole number in \[1, 1000000\], not '3'"),
     (lambda: train.Recipe(lr="x"), r"--lr must be a number in \(0, inf\), not 'x'"),
@@ -2508,6 +2509,21 @@ def test_without_a_folder_train_every_fifth_image_of_a_class_is_a_test_image(sma
     said = capsys.readouterr().err
     assert "data has no folder train or test: every fifth image of each class" in said
 
+@pytest.mark.parametrize("size", [32, 72])
+def test_other_test_images_than_those_of_the_run_are_noted(small, capsys, size):
+    """One more picture, and the test images are former training images."""
+    make_folder("made", splits=["all"])
+    os.rename("made/all", "data")
+    assert outcome(f"{FOLDER} --img-size {size} --output run") == "0"
+    assert outcome("--eval-only run") == "0"
+    noted = "note: the test images are not those that the run had"
+    assert noted not in capsys.readouterr().err
+    save_picture("data/a dog/a.png")
+    for weights in ("run", "run/last.pt"):
+        train.note.cache_clear()
+        assert outcome(f"--eval-only {weights}") == "0"
+        assert noted in capsys.readouterr().err
+
 @pytest.mark.parametrize(("made", "message"), [
     ("", "--data-dir data: there is no such folder"),
     ("val/a/x.png val/b/x.png", "has no folder train or training"),
@@ -2603,6 +2619,16 @@ def test_a_picture_is_read_as_a_viewer_shows_it(tmp_path, kind, image, expected,
     shown = np.asarray(train.as_shown(str(tmp_path / f"x.{kind}"))).astype(float)
     assert shown.shape[2] == 3
     assert abs(shown - expected.reshape(*expected.shape[:2], -1)).max() <= 1
+
+def test_a_16_bit_tiff_whose_0_is_white(tmp_path):
+    """Tag 262 says so."""
+    path = tmp_path / "x.tif"
+    PIL.Image.fromarray(GREY16).save(path)
+    content = path.read_bytes()
+    zero_is_black = struct.pack("<HHIH", 262, 3, 1, 1)
+    assert content.count(zero_is_black) == 1
+    path.write_bytes(content.replace(zero_is_black, struct.pack("<HHIH", 262, 3, 1, 0)))
+    assert (np.asarray(train.as_shown(str(path)))[..., 0] == 255 - GREY).all()
 
 @pytest.mark.parametrize(("bits", "white"), [(8, 255), (10, 1023 / 16), (12, 255)])
 def test_16_bit_files_that_are_not_full_are_no_black_pictures(tmp_path, capsys, bits,
@@ -2721,17 +2747,19 @@ def test_skip_bad_with_too_little_left(small, pattern, size, message):
 def test_pictures_that_cannot_be_read(small, capsys, size):
     dogs = make_folder("data") / "train" / "a dog"
     line = f"{FOLDER} --img-size {size} --output run"
-    cut = (dogs / "ünï 0.png").read_bytes()[:900]
-    for name, content in (("empty", b""), ("text", b"no image"), ("cut", cut)):
+    whole = (dogs / "ünï 0.png").read_bytes()
+    torn = whole[:900] + bytes(64) + whole[964:]
+    for name, content in (("empty", b""), ("text", b"no image"), ("cut", whole[:900]),
+                          ("torn", torn)):
         (dogs / f"{name}.png").write_bytes(content)
     error = outcome(line)
-    reason = r"UserError: cannot read the image .*(empty|text|cut).png \(.*--skip-bad"
+    reason = r"UserError: cannot read the image .*(empty|text|cut|torn).png \(.*--skip-bad"
     assert re.match(reason, error)
     assert "0x" not in error  # no address of a buffer in memory
     assert outcome(f"{line} --skip-bad") == "0"
     said = capsys.readouterr().err
-    assert "note: images that cannot be read are left out, 3: " in said
-    assert "cut.png" in said
+    assert "note: images that cannot be read are left out, 4: " in said
+    assert "cut.png" in said and "torn.png" in said
 
 def test_a_bad_test_image_costs_no_epoch(small):
     """Large images are read late, after the epoch is saved, and --skip-bad goes on."""

@@ -600,10 +600,22 @@ def report_source(source: Source, recipe: Recipe, splits: tuple | None = None) -
     check_classes(source, test.classes)
     device = pick_device(recipe.device)
     precision = pick_precision(recipe.amp, device)
+    unread = test
     test = prepare_images(test, recipe)
+    note_other_images(source, test if test.is_tensor else unread, recipe)
     model = load_network(source).to(device, memory_format=torch.channels_last)
     mean, std = source.statistics
     report(source.name, model, test, mean, std, recipe, precision)
+
+def note_other_images(source: Source, test: Images, recipe: Recipe) -> None:
+    """Say so if the folder of a run has other test images than before. Where every fifth image is
+    one, a new image moves others from the training set into the test set."""
+    known = source.state.get("test_fingerprint")
+    is_same_place = all(source.settings.get(name) == getattr(recipe, name)
+                        for name in ("dataset", "data_dir", "img_size"))
+    if known and is_same_place and fingerprint(test, recipe) != known:
+        note("the test images are not those that the run had. If it was trained on some of them, "
+             "the accuracy is too high")
 
 def report(name: str, model: nn.Module, images: Images, mean: Tensor, std: Tensor, recipe: Recipe,
            precision: torch.dtype) -> None:
@@ -1142,6 +1154,8 @@ class Images(Dataset):
                             f"{x.dtype} and {tuple(x.shape)}")
         if len(x) != len(self.labels):
             raise UserError(f"there are {len(x)} images, but {len(self.labels)} labels")
+        if not len(x):
+            raise UserError("there are no images; training and test set need some each")
         used = {*self.labels.flatten().tolist()}
         if self.labels.ndim != 1 or not used <= {*range(len(self.classes))}:
             raise UserError(f"labels must be indices from 0 to {len(self.classes) - 1}, of a class "
@@ -1422,10 +1436,14 @@ def as_shown(item: str | np.ndarray) -> Image.Image:
         note("the fourth band of TIFFs that do not call it transparency is left out")
         picture.load()
         picture = Image.merge("RGB", picture.split()[:3])
+    is_negative = is_deep and picture.format == "TIFF" and picture.tag_v2.get(262) == 0
+    picture.load()  # before the next lines, which would take damaged pixels for broken EXIF data
     with contextlib.suppress(Exception):  # broken EXIF data: the picture as it is stored
         picture = ImageOps.exif_transpose(picture)
     if is_deep:
         picture = to_8_bits(np.asarray(picture))
+    if is_negative:  # 0 is white; Pillow knows this of 8 bits only
+        picture = ImageOps.invert(picture)
     if picture.mode in ("I", "F"):
         raise ValueError("which of its 32-bit values is white is unknown: convert it to 16 bits")
     if picture.has_transparency_data:
@@ -1781,7 +1799,8 @@ def save_weights(run: Run) -> None:
     tensors = run.eval_model.state_dict()
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     state = {"args": asdict(run.recipe), "classes": run.data.classes,
-             "mean": run.data.mean.tolist(), "std": run.data.std.tolist()}
+             "mean": run.data.mean.tolist(), "std": run.data.std.tolist(),
+             "test_fingerprint": run.data.test_fingerprint}
     metadata = {key: json.dumps(value) for key, value in state.items()}
     metadata["made_by"] = MADE_BY
     metadata["checksum"] = checksum(tensors, metadata)
