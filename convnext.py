@@ -942,10 +942,10 @@ def read_source(source: str | PathLike) -> tuple[Mapping, dict[str, str], dict[s
     config.json and preprocessor_config.json beside a file are read, too.
 
     settings: what is known about the images and classes, some of mean and std (lists), img_size,
-    crop_pct (None if the whole image is squeezed, without a crop) and classes (names in the order
-    of the logits). Raises FileNotFoundError, ValueError for a file that cannot be read or if they
-    describe another network, ConnectionError where timm or huggingface_hub have no connection,
-    urllib's URLError for an address, and other errors of timm and huggingface_hub.
+    crop_pct (the middle share that is seen, or 0: the whole image, squeezed) and classes (names in
+    the order of the logits). Raises FileNotFoundError, ValueError for a file that cannot be read or
+    if they describe another network, ConnectionError where timm or huggingface_hub have no
+    connection, urllib's URLError for an address, and other errors of timm and huggingface_hub.
     """
     path = os.path.expanduser(source)
     if path.startswith("http:"):
@@ -1007,8 +1007,13 @@ def refuse_other_network(source: str, epsilons: set[float], activations: set[str
         raise ValueError(f"{source} is another network: its activation is {max(other_activations)}")
 
 def refuse_other_timm_network(source: str, model: nn.Module) -> None:
-    """Raise ValueError if ε or activation of timm's network are not those of ConvNeXt."""
+    """Raise ValueError if a part of timm's network that tensors do not show is not ConvNeXt's."""
     layers = dict(model.named_modules())
+    for layer in layers.values():
+        if "max" in getattr(layer, "pool_type", ""):
+            raise ValueError(f"{source} is another network: its pooling is {layer.pool_type}")
+        if isinstance(layer, nn.Conv2d) and layer.dilation != (1, 1):
+            raise ValueError(f"{source} is another network: it has dilated convolutions")
     norms = [layer for layer in layers.values() if isinstance(layer, nn.LayerNorm)]
     activations = [layer for name, layer in layers.items() if name.endswith("mlp.act")]
     refuse_other_network(source, {norm.eps for norm in norms},
@@ -1029,44 +1034,60 @@ def read_settings(folder: str) -> dict[str, Any]:
     config, images = (read_json(os.path.join(folder, name)) for name in CONFIG_FILES)
     path = os.path.join(folder, CONFIG_FILES[0])
     if "convnext" not in str(config.get("architecture", config.get("model_type", "convnext"))):
-        config = {}  # it belongs to something else in this folder
+        config = images = {}  # they belong to something else in this folder
     if "architecture" in config and "pretrained_cfg" in config:
         import timm
 
         with torch.device("meta"):
             model = timm.create_model(config["architecture"], **(config.get("model_args") or {}))
         refuse_other_timm_network(path, model)
-        return timm_settings(config | config["pretrained_cfg"])
+        described = config["pretrained_cfg"]
+        if "label_names" in config:  # newer than those of the network that training began with
+            described = described | {"label_names": config["label_names"]}
+        return timm_settings(described)
     # transformers uses layer_norm_eps in the last norm alone; 1e-12, its default, is accepted there
     # (see load_weights).
     epsilons = {config.get("layer_norm_eps", 1e-12)} - {1e-12}
     refuse_other_network(path, epsilons, {config.get("hidden_act", "gelu")})
     labels = config.get("id2label")
-    labels = labels if isinstance(labels, dict) else {}
-    classes = [labels.get(str(i)) for i in range(len(labels))]
-    if None in classes or classes == [f"LABEL_{i}" for i in range(len(labels))]:
-        classes = []  # the latter are transformers' placeholders
+    classes = names_in_order(labels) if isinstance(labels, dict) else []
+    if classes == [f"LABEL_{i}" for i in range(len(classes))]:
+        classes = []  # transformers' placeholders
     size = images.get("size", config.get("image_size"))
-    if isinstance(size, dict):
-        size = size.get("shortest_edge", size.get("height"))
+    crop_pct = images.get("crop_pct")
+    crop = images.get("crop_size")
+    if isinstance(size, dict) and "height" in size:
+        size = size["height"]
+        crop_pct = 0
+    elif isinstance(size, dict) and images.get("do_center_crop") and isinstance(crop, dict):
+        crop_pct = crop["height"] / size["shortest_edge"]
+        size = crop["height"]
+    elif isinstance(size, dict):
+        size = size.get("shortest_edge")
     size = size if isinstance(size, int) else None
     settings = {"mean": images.get("image_mean"), "std": images.get("image_std"), "img_size": size,
                 "classes": classes}
     settings = {name: value for name, value in settings.items() if value}
-    if "crop_pct" in images and size:  # transformers does not crop to 384 pixels or more
-        settings["crop_pct"] = images["crop_pct"] if size < 384 else None
+    if crop_pct is not None and size:  # transformers does not crop to 384 pixels or more
+        settings["crop_pct"] = crop_pct if size < 384 else 0
     return settings
+
+def names_in_order(labels: Mapping[str, str]) -> list[str]:
+    """The names in {"0": name, "1": name, ...}; [] if one is missing."""
+    names = [labels.get(str(i)) for i in range(len(labels))]
+    return [] if None in names else names
 
 def timm_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Translate timm's description of a pretrained network; see read_source."""
-    settings = {"mean": config.get("mean"), "std": config.get("std"),
-                "classes": config.get("label_names")}
+    labels = config.get("label_names")
+    classes = names_in_order(labels) if isinstance(labels, dict) else labels
+    settings = {"mean": config.get("mean"), "std": config.get("std"), "classes": classes}
     settings = {name: list(value) for name, value in settings.items() if value}
     if "input_size" in config:
         settings["img_size"] = config["input_size"][-1]
     if "crop_pct" in config:
         squeezed = config.get("crop_mode") == "squash"
-        settings["crop_pct"] = None if squeezed else config["crop_pct"]
+        settings["crop_pct"] = 0 if squeezed else config["crop_pct"]
     return settings
 
 # Regular expressions for other spellings of the layouts' names, and what they become.
@@ -1097,7 +1118,11 @@ def respell(values: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     spellings = SPELLINGS
     if any(re.search(r"\d\.pointwise_conv1\.", name) for name, _ in values):
         spellings = SPELLINGS | OPENMMLAB_AND_DINOV3
-        if not any("model.stages." in name for name, _ in values):  # transformers before 5
+        last_norms = [name for name, _ in values
+                      if re.search(r"(^|\D\.)layer_norm\.weight$", name)]
+        # Before version 5 of transformers, the stages stood beside this norm, not in `model`.
+        stages = tuple(f"{name.removesuffix('layer_norm.weight')}stages." for name in last_norms)
+        if any(name.startswith(stages) for name, _ in values):
             spellings |= {r"\blayer_norm\.": "norm."}
     for old, new in spellings.items():
         values = [(re.sub(old, new, name), value) for name, value in values]

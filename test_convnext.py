@@ -1069,7 +1069,8 @@ def test_a_smaller_batch_needs_less_memory_in_the_evaluation_too():
 
 @pytest.mark.parametrize(("size", "given", "share", "mode"), [
     (224, None, 0.875, "center"), (288, 0.95, 0.95, "center"), (384, None, 1.0, "squash"),
-    (384, 0.9, 0.9, "center"), (32, None, 1.0, "center"), (64, 0.5, 1.0, "center")])
+    (384, 0.9, 0.9, "center"), (224, 0, 1.0, "squash"), (32, None, 1.0, "center"),
+    (64, 0.5, 1.0, "center")])
 def test_evaluation_square_is_timms(size, given, share, mode):
     picture = PIL.Image.effect_noise((500, 375), 80).convert("RGB")
     theirs = timm.data.create_transform(
@@ -1979,7 +1980,9 @@ def test_dinov3_is_read():
     peer = randomise(transformers.DINOv3ConvNextModel(transformers.DINOv3ConvNextConfig(
         depths=[1, 1, 2, 1], hidden_sizes=[8, 16, 24, 32])))
     x = torch.randn(1, 3, 64, 64)
-    for state in (peer.state_dict(), prefixed("student.", peer.state_dict())):
+    new = peer.state_dict()
+    old = renamed(new, ("model.stages.", "stages."))  # before version 5
+    for state in (new, prefixed("student.", new), old, {"model": old}):
         assert_close(from_checkpoint(state)(x), peer(x).pooler_output)
 
 def assert_backbone(state, x, expected, warned):
@@ -2038,7 +2041,7 @@ def test_what_does_not_fit_is_kept_or_left_out(without, classes, patch_size, kep
 
 @pytest.mark.parametrize(("name", "img_size", "crop_pct"), [
     ("convnextv2_nano.fcmae_ft_in22k_in1k", 224, 0.875),
-    ("convnextv2_nano.fcmae_ft_in22k_in1k_384", 384, None)])  # it squashes
+    ("convnextv2_nano.fcmae_ft_in22k_in1k_384", 384, 0)])  # it squashes
 def test_timm_is_asked_for_weights_and_settings(name, img_size, crop_pct, tmp_path,
                                                 monkeypatch):
     path, asked = tmp_path / "file.safetensors", []
@@ -2069,8 +2072,10 @@ def test_the_clients_own_reason_is_given(name, error, message, monkeypatch):
 
 @pytest.mark.parametrize(("name", "options", "message"), [
     ("test_convnext", {}, "test_convnext is another network: .* ε = 1e-05"),
-    ("convnext_atto", {"act_layer": "gelu_tanh"}, "is another network: .* is gelutanh")])
-def test_timms_network_with_another_epsilon_or_activation_is_refused(
+    ("convnext_atto", {"act_layer": "gelu_tanh"}, "is another network: .* is gelutanh"),
+    ("convnext_atto", {"global_pool": "avgmax"}, "is another network: its pooling is avgmax"),
+    ("convnext_atto", {"output_stride": 16}, "is another network: it has dilated")])
+def test_timms_network_with_other_parts_than_ours_is_refused(
         name, options, message, monkeypatch):
     network = timm.create_model(name, **options)
     monkeypatch.setattr("timm.create_model", lambda name, pretrained: network)
@@ -2121,8 +2126,12 @@ TIMMS = {"mean": [0.5], "std": [0.25], "input_size": [3, 288, 288], "crop_pct": 
     pytest.param({"id2label": {"1": "a", "2": "b", "3": "c"}}, {}, {}, id="gaps"),
     pytest.param({"image_size": 64}, {}, {"img_size": 64}, id="size"),
     pytest.param({"image_size": 224}, {"size": 384, "crop_pct": 0.875},
-                 {"img_size": 384, "crop_pct": None}, id="squeezed"),
-    pytest.param({}, {"size": {"height": 64}}, {"img_size": 64}, id="height"),
+                 {"img_size": 384, "crop_pct": 0}, id="squeezed"),
+    pytest.param({}, {"size": {"height": 224, "width": 224}},
+                 {"img_size": 224, "crop_pct": 0}, id="squeezed, as for DINOv3"),
+    pytest.param({}, {"size": {"shortest_edge": 256}, "do_center_crop": True,
+                      "crop_size": {"height": 224, "width": 224}},
+                 {"img_size": 224, "crop_pct": 0.875}, id="as for ResNet"),
     pytest.param({}, {
         "size": {"shortest_edge": 96}, "crop_pct": 0.9, "image_mean": [0.1, 0.2, 0.3],
         "image_std": [0.4, 0.5, 0.6]}, {
@@ -2131,7 +2140,11 @@ TIMMS = {"mean": [0.5], "std": [0.25], "input_size": [3, 288, 288], "crop_pct": 
     pytest.param({"architecture": "convnext_atto", "label_names": ["a", "b", "c"],
                   "pretrained_cfg": TIMMS}, {}, {
         "classes": ["a", "b", "c"], "mean": [0.5], "std": [0.25], "img_size": 288,
-        "crop_pct": 1.0}, id="timm's")])
+        "crop_pct": 1.0}, id="timm's"),
+    pytest.param({"architecture": "convnext_atto", "label_names": {"0": "new", "1": "names"},
+                  "pretrained_cfg": {"label_names": ["old", "names"], "crop_mode": "squash",
+                                     "crop_pct": 1.0}}, {},
+                 {"classes": ["new", "names"], "crop_pct": 0}, id="timm's, trained anew")])
 def test_settings_beside_the_weights(config, images, settings, tmp_path):
     saved_atto(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -2160,6 +2173,8 @@ def test_another_network_in_the_config_is_refused(config, message, tmp_path):
 def test_a_config_of_something_else_means_nothing(config, tmp_path):
     saved_atto(tmp_path / "weights.pth")
     (tmp_path / "config.json").write_text(config)
+    if "type" in config or "arch" in config:  # the other network's processor
+        (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
     assert convnext.read_source(tmp_path / "weights.pth")[2] == {}
 
 # --- Steps, fine-tuning and teachers
@@ -3114,6 +3129,9 @@ def test_predict_tries_first_whether_it_can_write(pictures, monkeypatch):
     monkeypatch.setattr(train, "predictions", Mock(side_effect=AssertionError))
     ended = outcome(f"{PREDICT} pictures --output a.csv")
     assert ended.startswith("UserError: --output: cannot write a.csv (")
+    monkeypatch.setattr(os, "access", Mock(return_value=False))
+    ended = outcome(f"{PREDICT} pictures --output b.csv")
+    assert ended == "UserError: --output: cannot write into the folder ."
 
 @pytest.mark.parametrize(("asked", "message"), [
     ("none.png", "--predict none.png: there is no such file or folder"),

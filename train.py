@@ -105,8 +105,8 @@ class Recipe:
     img_size: int = setting(32, "image size in pixels; with --init-from, the weights' own",
                             "[1, inf)")
     crop_pct: float | None = setting(None, "images above 64 pixels: middle share that evaluation "
-                                     "sees. Default: 0.875; from 384 pixels on, all, squeezed",
-                                     "(0, 1]")
+                                     "sees; 0: all, squeezed. Default: 0.875; from 384 pixels on, "
+                                     "0", "[0, 1]")
     val_size: float = setting(0, "training images to hold out, as a number or, below 1, a share. "
                               "best.pt is the epoch that is best on them", "[0, inf)")
     skip_bad: bool = setting(False, "leave out images that cannot be read")
@@ -1401,10 +1401,13 @@ def evaluation_square(size: int, crop_pct: float | None) -> T.Transform:
     pixels of 256. From 384 pixels on they squeeze the whole image. Up to 64 pixels this takes the
     largest square in the middle."""
     bicubic = T.InterpolationMode.BICUBIC
-    if size >= 384 and crop_pct is None:
+    if crop_pct is None:
+        crop_pct = 0 if size >= 384 else 0.875
+    if size <= SMALL:
+        crop_pct = 1
+    if crop_pct == 0:
         return T.Resize((size, size), interpolation=bicubic)
-    share = 1 if size <= SMALL else crop_pct or 0.875
-    return T.Compose([T.Resize(int(size / share), interpolation=bicubic), T.CenterCrop(size)])
+    return T.Compose([T.Resize(int(size / crop_pct), interpolation=bicubic), T.CenterCrop(size)])
 
 def without_bad(images: Images) -> Images:
     """Leave out what cannot be read."""
@@ -1950,6 +1953,8 @@ def print_predictions(source: Source, recipe: Recipe) -> None:
     paths = find_pictures(recipe.predict)
     if recipe.output and not Path(recipe.output).parent.is_dir():
         raise UserError(f"--output: there is no folder {Path(recipe.output).parent}")
+    if recipe.output and not os.access(Path(recipe.output).parent, os.W_OK):
+        raise UserError(f"--output: cannot write into the folder {Path(recipe.output).parent}")
     if recipe.output and os.path.exists(recipe.output):
         try:
             open(recipe.output, "ab").close()  # fails now, not later, if another program holds it
