@@ -369,6 +369,17 @@ def test_drop_path_is_torchvisions():
     assert_close(*outputs)
     assert layer.eval()(x) is x
 
+def test_stochastic_depth_drops_timms_branches():
+    shape = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32), "num_classes": 3}
+    model = randomise(convnext.ConvNeXt(**shape, drop_path=0.6))
+    peer = timm.models.ConvNeXt(**shape, drop_path_rate=0.6)
+    peer.load_state_dict(export_state_dict(model, "timm"))
+    x, outputs = torch.randn(8, 3, 32, 32), []
+    for network in (model, peer):
+        torch.manual_seed(1)
+        outputs.append(network.train()(x))
+    assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
 def test_drop_path_schedule_is_timms():
     model = meta("tiny", drop_path=0.4)
     rates = [m.p for m in model.modules() if isinstance(m, convnext.DropPath)]
@@ -488,9 +499,9 @@ def test_swin_block_is_torchvisions(shift):
     ours = block.state_dict()
     for name, theirs in (("attention.", "attn."), ("pwconv1", "0"), ("pwconv2", "3")):
         ours = {key.replace(name, theirs): p for key, p in ours.items()}
-    # torchvision's table has a row per relative position; its offsets count the other way
     ours["attn.relative_position_bias_table"] = ours.pop("attn.position_bias").T
-    ours["attn.relative_position_index"] = block.attention.index.flatten()
+    ours["attn.relative_position_index"] = peer.attn.relative_position_index
+    assert torch.equal(block.attention.index.flatten(), peer.attn.relative_position_index)
     peer.load_state_dict(ours)
     x = torch.randn(2, 14, 21, 32)
     y = block(rearrange(x, "b h w c -> b c h w"))
@@ -940,6 +951,11 @@ def test_schedule_and_recipe_reach_the_step(small, monkeypatch):
     assert recipe == recipe_of(f"{line} --output run") and precision == torch.bfloat16
     assert not scaler.is_enabled() and teacher is None
 
+def test_the_warmup_can_end_within_an_epoch(small, monkeypatch):
+    """A twentieth of eight epochs of ten steps."""
+    lrs = [args[4] for args in steps_of(monkeypatch, f"{QUICK} -b 10 --epochs 8")]
+    assert lrs[:5] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+
 def test_images_grow_and_mixing_ends(small, monkeypatch):
     line = f"{QUICK} --start-size 16 --start-share 0.25 --epochs 4 -b 50 --mix-off-epochs 1"
     seen = [(args[2].shape[-1], bool((args[3].max(1).values < 1).any()))
@@ -1058,6 +1074,23 @@ def test_evaluation_is_timms(device, mirrored):
     scores = train.evaluate(model.train(), batches, mean, std, torch.float32, mirrored)
     assert [*scores] == ["loss", "top1", "top5"]
     assert [*scores.values()] == pytest.approx([e.item() for e in expected], rel=1e-4)
+
+def test_evaluation_in_bfloat16_counts_in_float32():
+    class Fixed(nn.Module):
+        """A network with these logits, whatever it sees."""
+        def __init__(self):
+            super().__init__()
+            self.logits = nn.Parameter(torch.randn(250, 10).bfloat16())
+
+        def forward(self, x):
+            return self.logits
+
+    model, labels = Fixed(), torch.randint(10, (250,))
+    batch = torch.zeros(250, 3, 4, 4, dtype=torch.uint8), labels
+    scores = train.evaluate(model, [batch], torch.zeros(3), torch.ones(3), torch.bfloat16)
+    logits = model.logits.float()
+    expected = [F.cross_entropy(logits, labels), *timm.utils.accuracy(logits, labels, (1, 5))]
+    assert [*scores.values()] == pytest.approx([e.item() for e in expected], rel=1e-6)
 
 def test_a_smaller_batch_needs_less_memory_in_the_evaluation_too():
     """Which runs out of memory where only a few images fit."""
@@ -1208,11 +1241,12 @@ def tiny_images():
     return torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
 
 def test_augment_does_all_of_it_in_this_order(monkeypatch):
-    """Each function is replaced by one that notes what it is given."""
+    """Each function is replaced by one that notes what it is given, and adds 1."""
     calls = []
     for name in ("crop_and_flip", "rand_augment", "normalize", "random_erase", "mix"):
         def note(x, *args, name=name):
-            calls.append((name, x.shape[-1], x.dtype, *args))
+            calls.append((name, round(x.max().item()), x.shape[-1], x.dtype, *args))
+            x = x + (255 if x.dtype == torch.uint8 else 1)
             return (x, None) if name == "mix" else x
 
         monkeypatch.setattr(train, name, note)
@@ -1221,13 +1255,14 @@ def test_augment_does_all_of_it_in_this_order(monkeypatch):
         start_size=16, epochs=10)
     x, labels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4)
     mean, std = torch.zeros(3), torch.ones(3)
-    train.augment(recipe, x, labels, 10, mean, std, epoch=0)
+    x, _ = train.augment(recipe, x, labels, 10, mean, std, epoch=0)
     assert calls == [
-        ("crop_and_flip", 32, torch.uint8, 3, 0.4),
-        ("rand_augment", 32, torch.float32, 7),
-        ("normalize", 16, torch.float32, mean, std),
-        ("random_erase", 16, torch.float32, 0.2),
-        ("mix", 16, torch.float32, labels, 10, 0.3, 0.6)]
+        ("crop_and_flip", 0, 32, torch.uint8, 3, 0.4),
+        ("rand_augment", 1, 32, torch.float32, 7),
+        ("normalize", 2, 16, torch.float32, mean, std),
+        ("random_erase", 3, 16, torch.float32, 0.2),
+        ("mix", 4, 16, torch.float32, labels, 10, 0.3, 0.6)]
+    assert round(x.max().item()) == 5
 
 WITHOUT_AUGMENTATION = train.parse(PLAIN.split())
 
@@ -1254,6 +1289,13 @@ def test_augmentation_that_is_off_leaves_images_and_labels(tiny_images, off):
     x, targets = train.augment(recipe, tiny_images, labels, 5, mean, std, epoch=3)
     assert_close(x, T.Normalize(mean.tolist(), std.tolist())(tiny_images / 255))
     assert torch.equal(targets, F.one_hot(labels, 5).float())
+
+@pytest.mark.parametrize("size", [32, 72])
+def test_images_of_any_size_are_mirrored(size):
+    recipe = train.Recipe(**WITHOUT_AUGMENTATION | {"flip": 1}, img_size=size)
+    x = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
+    ours, _ = train.augment(recipe, x, torch.arange(2), 2, torch.zeros(3), torch.ones(3), epoch=0)
+    assert_close(ours, TF.horizontal_flip(x) / 255)
 
 def test_a_share_of_the_batches_is_mixed(tiny_images):
     recipe = train.Recipe(**WITHOUT_AUGMENTATION | {"mix_prob": 0.3}, img_size=16)
@@ -1408,10 +1450,19 @@ def test_each_mix_has_its_alpha(kind, alpha):
 
 def test_statistics_are_numpys(small):
     """Of the training images, those held out included, and not of the test images."""
-    data = train.prepare_data(recipe_of(f"{QUICK} --val-size 20"))
+    data = train.prepare_data(recipe_of(f"{QUICK} --val-size 20 -b 5"))  # three batches
     pixels = train.draw_shapes(5000, 32, seed=1).images.numpy() / 255
     np.testing.assert_allclose(data.mean, pixels.mean((0, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(data.std, pixels.std((0, 2, 3)), rtol=1e-5)
+
+def test_statistics_of_large_images_are_numpys(small):
+    shades = [np.uint8(40 * i) + RNG.integers(0, 40, (80, 90, 3), np.uint8) for i in range(6)]
+    split = train.Images(shades, [0, 1] * 3, ["a", "b"])
+    data = train.prepare_data(recipe_of(f"{LARGE} -b 1"), splits=(split, split))
+    square = train.evaluation_square(72, None)
+    pixels = np.stack([square(PIL.Image.fromarray(shade)) for shade in shades]) / 255
+    np.testing.assert_allclose(data.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(data.std, pixels.std((0, 1, 2)), rtol=1e-5)
 
 @pytest.mark.parametrize(("count", "batch_size"), [(50, 10), (53, 10), (7, 10)])
 def test_an_epoch_is_a_new_permutation(count, batch_size):
@@ -1467,14 +1518,17 @@ def test_splits_are_torchvisions(small, monkeypatch, name, files, learned, teste
 
 def test_splits_of_food101_and_imagenet_are_torchvisions(small, capsys):
     Path("data/food-101/meta").mkdir(parents=True)
-    for split in ("train", "test"):
-        save_picture(f"data/food-101/images/apple_pie/{split}.jpg")
+    dishes = "waffles", "apple_pie"
+    for split, dish in itertools.product(("train", "test"), dishes):
+        save_picture(f"data/food-101/images/{dish}/{split}.jpg")
         listed = Path("data/food-101/meta", f"{split}.json")
-        listed.write_text(json.dumps({"apple_pie": [f"apple_pie/{split}"]}))
+        listed.write_text(json.dumps({dish: [f"{dish}/{split}"] for dish in dishes}))
     for train_split, name in ((True, "train.jpg"), (False, "test.jpg")):
         data = load("--dataset food101 --img-size 96", train_split)
-        assert [Path(path).name for path in data.images] == [name]
-        assert data.classes == ["apple_pie"]
+        found = [(Path(path).name, data.classes[label])
+                 for path, label in zip(data.images, data.labels)]
+        assert found == [(name, "waffles"), (name, "apple_pie")]
+        assert [Path(path).parent.name for path in data.images] == [*dishes]
     for split, wnid in itertools.product(("train", "val"), ("n02", "n01")):
         save_picture(f"data/{split}/{wnid}/{split}.JPEG")
     # two classes are called crane, so they have their identifiers as names
@@ -2437,7 +2491,9 @@ def test_a_network_is_saved_and_built_again_by_its_description(small, line):
     logits = logits_of(run.eval_model, x)
     for name in ("last.pt", "weights.safetensors"):
         source = train.open_source(f"run/{name}")
-        assert_close(logits_of(train.load_network(source), x), logits)
+        network = train.load_network(source)
+        assert not network.training
+        assert_close(logits_of(network, x), logits)
         again = train.Recipe(**source.network)
         assert train.network_name(again) == train.network_name(run.recipe)
         assert source.classes[:2] == ["full star", "hollow star"]
@@ -2451,6 +2507,14 @@ def test_precision(monkeypatch, amp, device_type, bf16, expected):
     monkeypatch.setattr(train, "cpu_has_bfloat16", lambda: bf16)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
     assert train.pick_precision(amp, torch.device(device_type)) == expected
+
+def test_a_run_in_float16_keeps_its_scale(small, monkeypatch):
+    monkeypatch.setattr(train, "pick_precision", lambda *_: torch.float16)
+    run, resumed = prepared(QUICK), prepared(QUICK)
+    run.scaler.scale(torch.ones(()))
+    run.scaler.update(8.0)
+    train.load_state(resumed, train.state_of(run))
+    assert resumed.scaler.is_enabled() and resumed.scaler.get_scale() == 8
 
 def test_compile_calls_the_network(small, monkeypatch):
     """Without a compiler: torch.compile is asked, and the parameters keep their names."""
@@ -2493,6 +2557,7 @@ def test_a_random_crop_has_an_area_from_crop_scale_to_1(small, scale):
     make_folder("data")
     square = train.prepare_data(recipe_of(f"{LARGE} --crop-scale {scale}")).train.to_square
     assert isinstance(square, T.RandomResizedCrop) and tuple(square.size) == (72, 72)
+    assert square.interpolation == T.InterpolationMode.BICUBIC
     crops = [square.make_params([torch.zeros(3, 1000, 1000)]) for _ in range(300)]
     areas = [crop["height"] * crop["width"] / 1e6 for crop in crops]
     assert 0.9 * scale < min(areas) < scale + 0.1 and max(areas) > 0.9
@@ -2890,6 +2955,11 @@ def test_published_weights_are_evaluated_as_timm_does(small, capsys):
         top1, = timm.utils.accuracy(logits, labels)
         scores = f"test loss {loss:.4f}  top-1 {top1:.2f} %  of 12 images of 96 px"
         assert f"timm.safetensors{title}: {scores}" in text  # no top-5 of two classes
+    line = "--eval-only timm.safetensors --device cpu --img-size 96 --crop-pct 0.9 -j 0"
+    assert outcome(f"{line} --predict data/val --output a.csv") == "0"
+    largest = plain.softmax(1).max(1).values.tolist()
+    rows = read_csv("a.csv")
+    assert [float(row["probability_1"]) for row in rows] == pytest.approx(largest, abs=1e-4)
 
 @pytest.mark.parametrize("use", ["--resume", f"{QUICK} --output x --teacher"])
 @pytest.mark.parametrize(("content", "reason"), [
@@ -3643,6 +3713,7 @@ def test_within_a_minute_of_a_long_epoch(small, monkeypatch):
         clock[0] += 25  # seconds
         return torch.tensor(math.nan)
 
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # no terminal, which would look more often
     monkeypatch.setattr(train, "train_step", slow_step)
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
     ended = outcome(f"{QUICK} -b 1 --output run")
@@ -3807,6 +3878,31 @@ def test_printing_ends_no_run(beside):
         assert (folder / "weights.safetensors").exists()
     assert ended.stdout.count(r"(b, \xfcn\xef \U0001f600)") == 1  # by the run in ASCII alone
     assert "Traceback" not in ended.stderr
+
+@pytest.mark.parametrize(("name", "answer", "said"), [
+    ("layer_norm", lambda x, p: F.layer_norm(x, x.shape[-1:], p["weight"], p["bias"]),
+     "add 1e-6"),
+    ("layer_norm", lambda x, p: F.layer_norm(x, x.shape[3:], p["weight"], p["bias"], 1e-6),
+     "normalized_shape"),
+    ("batch_norm", lambda x, p: rearrange(F.batch_norm(
+        rearrange(x, "b h w c -> b c h w"), None, None, p["weight"], p["bias"], True),
+        "b c h w -> b h w c"), "values differ"),
+    ("block", lambda x, p, mix, norm: x + p["layer_scale"]["gamma"] * F.linear(F.gelu(F.linear(
+        F.layer_norm(mix(x, p["dwconv"]), [6], *p["norm"].values(), 1e-6),
+        *p["mlp"]["pwconv1"].values())), *p["mlp"]["pwconv2"].values()), "values differ"),
+    ("block", lambda x, p, mix, norm: x.add_(1), "changes its input"),
+    ("drop_path", lambda x, rate: (torch.rand(len(x), 1, 1, 1) >= rate) / (1 - rate),
+     "of the shape"),
+    ("drop_path", lambda x, rate: ((torch.rand(len(x), 1, 1, 1) >= rate) / (1 - rate)
+                                   ).expand(x.shape), "dropped and a part kept")],
+    ids=by_text)
+def test_the_notebooks_checks_refuse_wrong_answers(monkeypatch, capsys, name, answer, said):
+    monkeypatch.syspath_prepend(HERE / "assets")
+    from notebook_exercises import check
+
+    answer.__name__ = name
+    assert not check(answer)
+    assert said in capsys.readouterr().out
 
 def test_notebook(beside):
     """It was committed with its outputs and keeps to its limits; and it runs, and the solutions
