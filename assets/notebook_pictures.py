@@ -31,7 +31,7 @@ import convnext
 ASSETS = Path(__file__).parent
 POSITIONS, CHANNELS, NORM, OTHER = "#D55E00", "#0072B2", "#009E73", "#8C8C8C"
 ATTENTION = "#AA3377"
-DENSE = "#7A5C3E"  # a convolution that mixes positions and channels
+DENSE = "#7A5C3E"  # what mixes positions and channels: dense convolutions, attention
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 DESIGNS = convnext.DESIGNS
@@ -117,8 +117,10 @@ def load_pictures(folder: str | None, download: bool) -> tuple[Tensor, Tensor, b
         return rearrange(images, "n h w c -> n c h w"), torch.tensor([y for _, y in pairs]), True
     if download or Path("data/cifar-10-batches-py").is_dir():
         data = torchvision.datasets.CIFAR10("data", train=False, download=download)
-        images = torch.from_numpy(data.data[::4])
-        return rearrange(images, "n h w c -> n c h w"), torch.tensor(data.targets[::4]), True
+        chosen = np.argsort(data.targets, kind="stable")[::4]  # those of a folder of each class
+        images = torch.from_numpy(data.data[chosen])
+        labels = torch.tensor(data.targets)[chosen]
+        return rearrange(images, "n h w c -> n c h w"), labels, True
     import train
 
     torch.manual_seed(0)
@@ -287,13 +289,14 @@ Box = tuple[str, int, str]  # label, output channels, colour
 def block_boxes(d: convnext.Design) -> list[Box]:
     """The layers of a block in stage 1, in the order in which they run."""
     if getattr(d, "swin_block", False):
-        return [("LN", d.width, NORM), ("attention", d.width, POSITIONS), ("+", 0, "black"),
+        return [("LN", d.width, NORM), ("attention", d.width, DENSE), ("+", 0, "black"),
                 ("LN", d.width, NORM), ("1×1", 4 * d.width, CHANNELS), ("GELU", 0, OTHER),
                 ("1×1", d.width, CHANNELS), ("+", 0, "black")]
     outer, middle = (d.width, 4 * d.width) if d.inverted else (4 * d.width, d.width)
     act = ("GELU" if d.act is nn.GELU else "ReLU", 0, OTHER)
     norm_name = "BN" if d.norm is nn.BatchNorm2d else "LN"
-    color = POSITIONS if d.depthwise or d.attention else DENSE
+    mixes_positions_only = d.depthwise and not d.attention
+    color = POSITIONS if mixes_positions_only else DENSE
     label = f"{d.kernel_size}×{d.kernel_size}\n{'depthwise' if d.depthwise else 'dense'}"
 
     def conv(label: str, channels: int, color: str, norm: bool) -> list[Box]:
@@ -501,7 +504,7 @@ def patches(picture: Tensor, size: int) -> None:
     shades = ["#CC3333"] * size**2 + ["#33AA33"] * size**2 + ["#3355CC"] * size**2
     right.bar(range(len(values)), values, color=shades)
     right.set(title=f"one patch: {len(values)} numbers", ylim=(0, 1),
-              xlabel="red, green and blue of its pixels")
+              xlabel="red, green and blue of its pixels", ylabel="value / 255")
     plt.show()
 
 def filters_at_work(before: Tensor, kernels: Tensor, after: Tensor) -> None:
