@@ -2793,6 +2793,15 @@ def test_images_from_python(small, capsys, kind):
                         state["mean"], state["std"])
     assert state["history"][-1]["test_ema_loss"] == pytest.approx(loss, rel=1e-5)
 
+@posix
+def test_a_stopped_run_of_images_from_python_says_how_it_goes_on(small, monkeypatch, capsys):
+    splits = shapes_as("tensor", 64), shapes_as("tensor", 16)
+    spy(monkeypatch, "train_step", lambda *_: interrupt())
+    line = f"{SMALLEST} -b 32 --epochs 1 --output run"
+    assert train.main(shlex.split(line), splits) == 130
+    expected = "to go on: train.main(['--resume', 'run/last.pt'], splits=...)"
+    assert expected in capsys.readouterr().err
+
 def test_names_of_classes_from_python(small, capsys):
     """In any sequence, and two may be alike: ImageNet has two classes called crane."""
     names = np.array(["crane", "crane", *map(str, range(6))])
@@ -3269,6 +3278,7 @@ def test_large_numbers_are_printed_without_exponents(number, text):
      {"patch_size": 2, "variant": "tiny", "depths": None}),
     ("--init-from first/weights.safetensors --freeze-backbone", {"drop_path": 0}),
     ("--init-from first --recipe finetune", {"layer_decay": 0.8}),
+    ("--init-from first --recipe finetune --min-lr 0 --warmup-epochs 0", {"min_lr": 0}),
     ("--eval-only first/weights.safetensors",  # takes the data set
      {"dataset": "synthetic", "depths": (1, 1), "epochs": 100}),
     ("--eval-only first/last.pt", {"batch_size": 32, "epochs": 100}),
@@ -3397,7 +3407,10 @@ def test_wrong_values_are_refused_with_the_range(capsys, line, message):
     ("--recipe finetune", "need weights: --init-from"),
     ("--init-from first/last.pt --recipe finetune --optimizer muon", "give --muon-lr"),
     ("--init-from first/last.pt --recipe finetune --warmup-epochs 2", "needs --epochs, too"),
-    ("--init-from first/last.pt --recipe finetune --min-lr 0", "needs --lr, too"),
+    ("--init-from first/last.pt --recipe finetune --min-lr 1e-6", "needs --lr, too"),
+    ("--init-from first/last.pt --layer-scale 0.1", "--layer-scale needs new weights"),
+    ("--init-from first/last.pt --freeze-backbone --layer-decay 0.5", "a backbone that is trained"),
+    ("--start-size 16 --epochs 1", "--start-size needs an epoch of --start-share"),
     ("--init-from first/last.pt --freeze-backbone --optimizer muon", "muon has nothing to train"),
     ("--variant atto --road GELU", "only one of --variant, --depths and --road"),
     ("--depths 1 1", "--depths and --dims belong together"),
@@ -3720,12 +3733,35 @@ def test_within_a_minute_of_a_long_epoch(small, monkeypatch):
     assert ended.startswith("UserError: by step 3, at lr ")
 
 @pytest.mark.parametrize(("error", "remedy"), [
-    ("DataLoader worker (pid 7) is killed", "try fewer --workers"),
+    ("DataLoader worker (pid 7) is killed",
+     "try fewer --workers, or 0, or in Docker a larger --shm-size"),
     ("DefaultCPUAllocator: can't allocate memory",
      "give a --batch-size below 7: eight times as many are read at once")])
 def test_errors_of_an_evaluation_have_a_remedy(pretrained, monkeypatch, error, remedy):
     monkeypatch.setattr(train, "evaluate", Mock(side_effect=RuntimeError(error)))
     assert outcome(f"--eval-only {pretrained} --batch-size 7") == f"UserError: {error}; {remedy}"
+
+def test_a_resumed_run_has_remedies_that_it_accepts(quick_run, monkeypatch):
+    assert outcome_with(interrupt, quick_run, 2) == "130"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", Mock(side_effect=RuntimeError("out of memory")))
+        assert outcome("--resume run") == "UserError: out of memory; give a larger --accumulate"
+    monkeypatch.setattr(train, "train_step", lambda *_: torch.tensor(math.nan))
+    assert "--amp off in a new run, with --init-from" in outcome("--resume run")
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="needs a patch there")
+def test_too_little_shared_memory_ends_the_run(small, monkeypatch):
+    """PyTorch's queue of batches would print the error and wait for ever."""
+    error = RuntimeError("unable to allocate shared memory(shm) for file </torch_7>")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", Mock(side_effect=error))
+    ended = outcome(f"{QUICK} -j 1 --output run")
+    assert ended.startswith(f"UserError: RuntimeError: {error}; try fewer --workers, or 0")
+
+def test_a_disk_without_locks(small, monkeypatch):
+    no_locks = Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    monkeypatch.setattr(train.FileLock, "acquire", no_locks)
+    ended = outcome(f"{QUICK} --output run")
+    assert ended.startswith("UserError: cannot lock run (") and "give an --output" in ended
 
 @pytest.mark.parametrize(("error", "remedy"), [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),

@@ -102,11 +102,12 @@ class Recipe:
         group="data")
     data_dir: str = setting("data", "folder of the data set; --dataset folder: with train/ and "
                             "test/ or val/, each with a folder per class, or with the classes")
-    img_size: int = setting(32, "image size in pixels; with --init-from, the weights' own",
+    img_size: int = setting(32, "image size in pixels; with --init-from and --eval-only, the "
+                            "weights' own",
                             "[1, inf)")
     crop_pct: float | None = setting(None, "images above 64 pixels: middle share that evaluation "
-                                     "sees; 0: all, squeezed. Default: 0.875; from 384 pixels on, "
-                                     "0", "[0, 1]")
+                                     "sees; 0: all, squeezed. Default: the weights' own, or 0.875, "
+                                     "or from 384 pixels on 0", "[0, 1]")
     val_size: float = setting(0, "training images to hold out, as a number or, below 1, a share. "
                               "best.pt is the epoch that is best on them", "[0, inf)")
     skip_bad: bool = setting(False, "leave out images that cannot be read")
@@ -142,7 +143,8 @@ class Recipe:
     # deviation 0.02. On 32x32 images the values below learn faster; assets/results.md has figures.
     patch_size: int = setting(2, "side of the stem's patches", "[1, inf)")
     layer_scale: float = setting(0, "initial value of LayerScale; 0: none", "[0, inf)")
-    drop_path: float = setting(0.1, "stochastic depth: drop rate of the last block", "[0, 1)")
+    drop_path: float = setting(0.1, "stochastic depth: drop rate of the last block; 0 with "
+                               "--freeze-backbone", "[0, 1)")
     init: str = setting("local", "initial weights: paper: of standard deviation 0.02; fan-in: of "
                         "1 / sqrt(fan-in); local: the same, but depthwise filters are smooth and "
                         "strongest in the middle", ("local", "fan-in", "paper"))
@@ -177,7 +179,7 @@ class Recipe:
                        ("auto", "bf16", "fp16", "off"), group="run")
     compile: bool = setting(False, "use torch.compile")
     device: str = setting("auto", "cuda, cuda:1, mps or cpu")
-    seed: int = setting(0, "seed of all random numbers", "[0, 4294967295]")
+    seed: int = setting(0, "seed of the weights, the order and the augmentation", "[0, 4294967295]")
     eval_every: int = setting(1, "epochs from one evaluation to the next", "[1, inf)")
     tta: bool = setting(False, "also report the mean over each image and its mirror image")
 
@@ -293,7 +295,10 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
         # A signal that comes while the finished run is saved has nothing to stop.
         if run.stopped_by and (run.step < run.total_steps or run.to_measure):
             last = run.folder / "last.pt"
-            say(f"stopped; to go on: python train.py --resume {quoted([last])}", sys.stderr)
+            command = f"python train.py --resume {quoted([last])}"
+            if recipe.dataset == "python":
+                command = f"train.main(['--resume', {str(last)!r}], splits=...)"
+            say(f"stopped; to go on: {command}", sys.stderr)
             return 128 + run.stopped_by
         report_run(run)
     return 0
@@ -1559,6 +1564,8 @@ class Reporter(Dataset):
     def __getitem__(self, item: Any) -> tuple[tuple[Tensor, Tensor] | UserError, list[str]]:
         try:
             batch = self.reader[item]
+            if get_worker_info():  # here, since the queue would only print its errors, and go on
+                batch = tuple(part.share_memory_() for part in batch)
         except UserError as error:
             batch = error
         notes = list(NOTES)
@@ -1834,7 +1841,8 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        for _ in range(20):  # Windows refuses while another program reads the file
+        # Windows refuses while another program reads the file. For a table that can be long.
+        for _ in range(20 if path.suffix == ".csv" else 600):
             with contextlib.suppress(PermissionError):
                 os.replace(temporary, path)
                 return
@@ -1855,9 +1863,11 @@ def check_finite(run: Run) -> float:
     loss = run.sums["loss"] / steps_of_epoch
     norm = nn.utils.get_total_norm(run.model.parameters())
     if not (loss + norm).isfinite():
+        place = " in a new run, with --init-from" if run.recipe.resume else ""
         raise UserError(f"by step {run.step}, at lr {run.sums['lr']:.1e}, the mean loss became "
-                        f"{loss:.3g} and the norm of the weights {norm:.3g}: try a lower --lr "
-                        f"(or --muon-lr), --clip-grad 1 or --amp off. {run.folder} stays as it was")
+                        f"{loss:.3g} and the norm of the weights {norm:.3g}: try a lower --lr (or "
+                        f"--muon-lr), --clip-grad 1 or --amp off{place}. {run.folder} stays as it "
+                        "was")
     return loss.item()
 
 def new_folder(recipe: Recipe) -> str:
@@ -1885,6 +1895,9 @@ def lock(folder: Path) -> Iterator[None]:
         guard.acquire()
     except Timeout as error:
         raise UserError(f"another run is writing to {folder}") from error
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        raise UserError(f"cannot lock {folder} ({first_line(error)}): give an --output on another "
+                        "disk") from error
     try:
         yield
     finally:
@@ -2220,9 +2233,9 @@ def refuse_contradictions(typed: Mapping[str, Any], source: Source | None) -> No
         (finetunes and typed.get("optimizer") == "muon" and "muon_lr" not in names,
          "--recipe finetune has no learning rate for Muon: give --muon-lr, too"),
         # fit_to_data chooses epochs and lr by the number of images.
-        (finetunes and "warmup_epochs" in names and "epochs" not in names,
+        (finetunes and typed.get("warmup_epochs") and "epochs" not in names,
          "--recipe finetune with --warmup-epochs needs --epochs, too"),
-        (finetunes and "min_lr" in names and "lr" not in names,
+        (finetunes and typed.get("min_lr") and "lr" not in names,
          "--recipe finetune with --min-lr needs --lr, too"))
     for is_wrong, text in rules:
         if is_wrong:
@@ -2245,12 +2258,17 @@ def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
         "muon_lr": (r.optimizer == "muon", "--optimizer muon"),
         "beta2": (r.optimizer != "sgd", "--optimizer adamw or muon"),
         "start_share": (r.start_size, "--start-size"),
+        "start_size": (int(r.epochs * r.start_share), "an epoch of --start-share"),
         "crop_padding": (r.img_size <= SMALL, f"images of up to {SMALL} pixels"),
         "crop_scale": (r.img_size > SMALL, f"images above {SMALL} pixels"),
         "crop_pct": (r.img_size > SMALL, f"images above {SMALL} pixels"),
         "mix_prob": (r.mixup or r.cutmix, "a --mixup or --cutmix above 0"),
         "distill_alpha": (r.teacher, "--teacher"), "distill_temperature": (r.teacher, "--teacher"),
         "layer_scale": (has_scale, "a network without --road, or its last step")}
+    if r.init_from:
+        uses["layer_scale"] = (False, "new weights, without --init-from")
+    if r.layer_decay < 1:
+        uses["layer_decay"] = (not r.freeze_backbone, "a backbone that is trained")
     for name in ("mixup", "cutmix", "mix_off_epochs"):
         uses[name] = (r.mix_prob, "a --mix-prob above 0")
     if not (r.mixup or r.cutmix):
@@ -2342,16 +2360,23 @@ def explained_errors(recipe: Recipe) -> Iterator[None]:
     except (RuntimeError, ValueError, MemoryError, ConnectionError) as error:
         text = str(error)
         # If a process that reads images is killed, this is raised wherever the main process is.
-        is_of_workers = "DataLoader worker (pid" in text or "shared memory" in text
+        is_of_workers = any(part in text for part in (
+            "DataLoader worker (pid", "shared memory", "shared file mapping"))
         if is_of_workers or isinstance(error, ConnectionError):
-            remedy = "try fewer --workers"
-        elif "more than 1 value per channel" in text:
+            text = text.strip().splitlines()[-1]  # DataLoader puts a traceback before it
+            raise UserError(f"{text}; try fewer --workers, or 0, or in Docker a larger --shm-size"
+                            ) from error
+        if "more than 1 value per channel" in text:
             remedy = "BatchNorm needs more: give a larger --batch-size, or a smaller --accumulate"
         elif "allocate" in text or "out of memory" in text:
             remedy = "give a smaller --batch-size, or a larger --accumulate"
-            if recipe.eval_only:  # see evaluation_batches
+            if recipe.resume:
+                remedy = "give a larger --accumulate"
+            elif recipe.eval_only and recipe.part_size > 1:  # see evaluation_batches
                 size = min(8, recipe.part_size)
                 remedy = f"give a --batch-size below {size}: eight times as many are read at once"
+            elif recipe.eval_only:
+                remedy = "give a smaller --img-size, or --device cpu"
         elif recipe.compile and type(error).__module__.startswith("torch._"):
             remedy = "leave out --compile, or give --no-compile"
         else:
