@@ -177,7 +177,8 @@ class GRN(nn.Module):
         return torch.addcmul(x + self.beta.to(x.dtype), x, scale)
 
 class InvertedBottleneck(nn.Module):
-    """Two linear layers around a GELU, the same at every position. (..., dim) -> (..., dim)
+    """Two linear layers around a GELU, the same at every position. (..., dim) -> (..., dim), with
+    GRN (b, h, w, dim) -> (b, h, w, dim)
 
         y = W₂ · GELU(W₁ · x + b₁) + b₂,   W₁: dim -> 4·dim,   W₂: 4·dim -> dim
 
@@ -235,7 +236,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        shape = [len(x)] + [1] * (x.ndim - 1)  # (b, 1, 1, 1) for a feature map
+        shape = [x.shape[0]] + [1] * (x.ndim - 1)  # (b, 1, 1, 1) for a feature map
         keep = x.new_empty(shape).bernoulli_(1 - self.p)
         return x * (keep / (1 - self.p))
 
@@ -857,7 +858,7 @@ def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
     state = model.state_dict()
     if layout == "native":
         return state
-    depths = tuple(len(stage) for stage in model.stages)
+    depths = infer_architecture(state)["depths"]
     grn = "stages.0.0.mlp.grn.gamma" in state
     if layout == "torchvision" and grn:
         raise ValueError("torchvision has no ConvNeXt V2")
@@ -1059,17 +1060,19 @@ def read_settings(folder: str) -> dict[str, Any]:
     if isinstance(size, dict) and "height" in size:
         size = size["height"]
         crop_pct = 0
-    elif isinstance(size, dict) and images.get("do_center_crop") and isinstance(crop, dict):
-        crop_pct = crop["height"] / size["shortest_edge"]
-        size = crop["height"]
     elif isinstance(size, dict):
         size = size.get("shortest_edge")
     size = size if isinstance(size, int) else None
+    if size and images.get("do_center_crop") and isinstance(crop, dict) and "height" in crop:
+        crop_pct = crop["height"] / size
+        size = crop["height"]
+    elif size and size >= 384 and crop_pct:
+        crop_pct = 0  # ConvNeXt's processor does not crop to 384 pixels or more
     settings = {"mean": images.get("image_mean"), "std": images.get("image_std"), "img_size": size,
                 "classes": classes}
     settings = {name: value for name, value in settings.items() if value}
-    if crop_pct is not None and size:  # transformers does not crop to 384 pixels or more
-        settings["crop_pct"] = crop_pct if size < 384 else 0
+    if crop_pct is not None and size:
+        settings["crop_pct"] = crop_pct
     return settings
 
 def names_in_order(labels: Mapping[str, str]) -> list[str]:
@@ -1118,12 +1121,13 @@ def respell(values: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     spellings = SPELLINGS
     if any(re.search(r"\d\.pointwise_conv1\.", name) for name, _ in values):
         spellings = SPELLINGS | OPENMMLAB_AND_DINOV3
-        last_norms = [name for name, _ in values
-                      if re.search(r"(^|\D\.)layer_norm\.weight$", name)]
-        # Before version 5 of transformers, the stages stood beside this norm, not in `model`.
-        stages = tuple(f"{name.removesuffix('layer_norm.weight')}stages." for name in last_norms)
-        if any(name.startswith(stages) for name, _ in values):
+        names = {name for name, _ in values}
+        places = {name.partition("stages.")[0] for name in names if "stages." in name}
+        # Before version 5 of transformers, the last norm stood beside the stages.
+        if any(f"{place}layer_norm.weight" in names for place in places):
             spellings |= {r"\blayer_norm\.": "norm."}
+        if any(".norm0." in name for name in names):  # the norms of all maps, none of the head
+            spellings |= {r"\bbackbone\.norm3\.": "backbone.norm3."}
     for old, new in spellings.items():
         values = [(re.sub(old, new, name), value) for name, value in values]
     return values
@@ -1234,7 +1238,9 @@ def load_weights(model: nn.Module, source: Mapping | str | PathLike, strict: boo
         ("downsample_layers.0.0.", not strict and "downsample_layers.0.0.weight" in tensors),
         ("head.norm.", not any(name.startswith("head.") for name in tensors)),
     ]
-    kept_parts = tuple(name for name, may in may_keep if may and f"{name}weight" in misfits)
+    kept_parts = tuple(
+        name for name, may in may_keep
+        if may and (f"{name}weight" in misfits or not any(key.startswith(name) for key in tensors)))
     wrong = [name for name in misfits
              if not name.startswith(kept_parts) and not re.fullmatch(OUTPUT_NORMS, name)]
     if wrong:
@@ -1284,7 +1290,8 @@ def from_checkpoint(source: Mapping | str | PathLike) -> ConvNeXt:
     with torch.device("meta"):  # draws no random numbers that would be overwritten at once
         model = ConvNeXt(**infer_architecture(tensors))
     model.to_empty(device="cpu")
-    model.head.norm.reset_parameters()  # a backbone has no last norm to load
+    if "head.norm.weight" not in tensors:  # those of a backbone
+        model.head.norm.reset_parameters()
     load_weights(model, tensors, strict=True)
     return model.eval()
 
@@ -1298,15 +1305,16 @@ def fold_layer_scale(model: nn.Module) -> nn.Module:
         γ ⊙ (W·x + b) = (γ ⊙ W)·x + γ ⊙ b
 
     The logits stay the same up to rounding, and inference is faster on any device. Training would
-    go on differently without γ. Raises ValueError for float16, where such a product can become 0.
+    go on differently without γ. Raises ValueError for float16, where such a product can become 0;
+    so do not convert a folded network to float16 either.
     """
     for block in model.modules():
         if isinstance(block, Block) and isinstance(block.layer_scale, LayerScale):
             gamma = block.layer_scale.gamma
             linear = block.mlp.pwconv2
             if linear.weight.dtype == torch.float16:
-                raise ValueError("fold LayerScale before you convert the model to float16, where "
-                                 "the products can become 0")
+                raise ValueError("LayerScale cannot be folded in float16, where the products can "
+                                 "become 0: keep it, or take bfloat16")
             linear.weight *= rearrange(gamma, "c -> c 1")
             linear.bias *= gamma
             block.layer_scale = nn.Identity()
@@ -1327,7 +1335,7 @@ def speed_up(model: nn.Module) -> nn.Module:
     """
     # You are invited to edit DepthwiseConv. FastDepthwiseConv knows neither another forward nor a
     # stride or dilation, and would compute the plain convolution instead.
-    methods = DepthwiseConv.forward, DepthwiseConv._conv_forward
+    methods = DepthwiseConv.forward, getattr(DepthwiseConv, "_conv_forward", None)
     if methods != (nn.Conv2d.forward, nn.Conv2d._conv_forward):
         return model
     for module in model.modules():
@@ -1398,16 +1406,17 @@ class DepthwiseGradient(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # Weights further from the centre than the map is wide only ever meet zeros.
             reach = min(radius, h - 1), min(radius, w - 1)
-            grad_weight = weight.new_zeros(c, 1, *(2 * r + 1 for r in reach))
+            precise = torch.promote_types(weight.dtype, torch.float32)
+            grad_weight = weight.new_zeros(c, 1, *(2 * r + 1 for r in reach), dtype=precise)
             at_once = max(1, 2**20 // (c * h * w))  # samples: about what fits into a CPU's cache
             for xs, gs in zip(x.split(at_once), g.split(at_once), strict=True):
                 xs = rearrange(xs, "b c h w -> 1 (b c) h w")
                 gs = rearrange(gs, "b c h w -> (b c) 1 h w")
                 part = F.conv2d(xs, gs, padding=reach, groups=len(gs))
                 part = rearrange(part, "1 (b c) u v -> b c 1 u v", c=c)
-                grad_weight = grad_weight + part.sum(0, dtype=weight.dtype)
+                grad_weight = grad_weight + part.sum(0, dtype=precise)
             top, left = (radius - r for r in reach)
-            grad_weight = F.pad(grad_weight, (left, left, top, top))
+            grad_weight = F.pad(grad_weight, (left, left, top, top)).to(weight.dtype)
         return grad_x, grad_weight, reduce(g, "b c h w -> c", "sum")
 
 if __name__ == "__main__":

@@ -103,8 +103,7 @@ class Recipe:
     data_dir: str = setting("data", "folder of the data set; --dataset folder: with train/ and "
                             "test/ or val/, each with a folder per class, or with the classes")
     img_size: int = setting(32, "image size in pixels; with --init-from and --eval-only, the "
-                            "weights' own",
-                            "[1, inf)")
+                            "weights' own", "[1, inf)")
     crop_pct: float | None = setting(None, "images above 64 pixels: middle share that evaluation "
                                      "sees; 0: all, squeezed. Default: the weights' own, or 0.875, "
                                      "or from 384 pixels on 0", "[0, 1]")
@@ -179,7 +178,8 @@ class Recipe:
                        ("auto", "bf16", "fp16", "off"), group="run")
     compile: bool = setting(False, "use torch.compile")
     device: str = setting("auto", "cuda, cuda:1, mps or cpu")
-    seed: int = setting(0, "seed of the weights, the order and the augmentation", "[0, 4294967295]")
+    seed: int = setting(0, "seed of the initial weights and of all that a run draws",
+                        "[0, 4294967295]")
     eval_every: int = setting(1, "epochs from one evaluation to the next", "[1, inf)")
     tta: bool = setting(False, "also report the mean over each image and its mirror image")
 
@@ -855,7 +855,8 @@ def local_init(model: convnext.ConvNeXt) -> None:
     Kolter, 2022 (https://arxiv.org/abs/2210.03651). Their formula is another one. assets/results.md
     shows what this gains.
     """
-    layers = [m for m in model.modules() if isinstance(m, convnext.DepthwiseConv)]
+    layers = [m for m in model.modules()
+              if isinstance(m, convnext.DepthwiseConv) and isinstance(m, nn.Conv2d)]
     for index, layer in enumerate(layers):
         channels, _, size, _ = layer.weight.shape
         centre = nn.init.dirac_(torch.empty(channels, 1, size, size), groups=channels)
@@ -1442,7 +1443,6 @@ def as_shown(item: str | np.ndarray) -> Image.Image:
     if picture.format == "TIFF" and picture.mode == "RGBA" and not picture.tag_v2.get(338):
         # Tag 338 says what a fourth band is. Without it, the band may be infrared.
         note("the fourth band of TIFFs that do not call it transparency is left out")
-        picture.load()
         picture = Image.merge("RGB", picture.split()[:3])
     is_negative = is_deep and picture.format == "TIFF" and picture.tag_v2.get(262) == 0
     picture.load()  # before the next lines, which would take damaged pixels for broken EXIF data
@@ -1450,7 +1450,7 @@ def as_shown(item: str | np.ndarray) -> Image.Image:
         picture = ImageOps.exif_transpose(picture)
     if is_deep:
         picture = to_8_bits(np.asarray(picture))
-    if is_negative:  # 0 is white; Pillow knows this of 8 bits only
+    if is_negative:  # 0 is white; Pillow knows this of up to 8 bits
         picture = ImageOps.invert(picture)
     if picture.mode in ("I", "F"):
         raise ValueError("which of its 32-bit values is white is unknown: convert it to 16 bits")
@@ -1865,9 +1865,9 @@ def check_finite(run: Run) -> float:
     if not (loss + norm).isfinite():
         place = " in a new run, with --init-from" if run.recipe.resume else ""
         raise UserError(f"by step {run.step}, at lr {run.sums['lr']:.1e}, the mean loss became "
-                        f"{loss:.3g} and the norm of the weights {norm:.3g}: try a lower --lr (or "
-                        f"--muon-lr), --clip-grad 1 or --amp off{place}. {run.folder} stays as it "
-                        "was")
+                        f"{loss:.3g} and the norm of the weights {norm:.3g}: try --amp off, or a "
+                        f"lower --lr (or --muon-lr) or --clip-grad 1{place}. {run.folder} stays as "
+                        "it was")
     return loss.item()
 
 def new_folder(recipe: Recipe) -> str:
@@ -1896,8 +1896,8 @@ def lock(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise UserError(f"another run is writing to {folder}") from error
     except (OSError, NotImplementedError) as error:  # some network file systems have no locks
-        raise UserError(f"cannot lock {folder} ({first_line(error)}): give an --output on another "
-                        "disk") from error
+        raise UserError(f"cannot lock {folder} ({first_line(error)}): a run needs a folder that it "
+                        "may write to, on a disk with locks") from error
     try:
         yield
     finally:
@@ -1964,15 +1964,8 @@ def predict(weights: str, pictures: str | Sequence[str], top: int = 5,
 def print_predictions(source: Source, recipe: Recipe) -> None:
     """Print the predictions for --predict's pictures, or write them to --output."""
     paths = find_pictures(recipe.predict)
-    if recipe.output and not Path(recipe.output).parent.is_dir():
-        raise UserError(f"--output: there is no folder {Path(recipe.output).parent}")
-    if recipe.output and not os.access(Path(recipe.output).parent, os.W_OK):
-        raise UserError(f"--output: cannot write into the folder {Path(recipe.output).parent}")
-    if recipe.output and os.path.exists(recipe.output):
-        try:
-            open(recipe.output, "ab").close()  # fails now, not later, if another program holds it
-        except OSError as error:
-            raise UserError(f"--output: cannot write {recipe.output} ({error.strerror})") from error
+    if recipe.output:
+        check_writable(Path(recipe.output))
     names = class_names(source)
     rows = []
     for path, classes in predictions(source, recipe, paths):
@@ -1990,10 +1983,24 @@ def print_predictions(source: Source, recipe: Recipe) -> None:
         write_table(Path(recipe.output), rows)
         say(f"{len(rows)} predictions written to {recipe.output}")
 
+def check_writable(path: Path) -> None:
+    """Fail before the predictions, not after them."""
+    if not path.parent.is_dir():
+        raise UserError(f"--output: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output: cannot write into the folder {path.parent}")
+    if path.exists():
+        try:
+            open(path, "ab").close()  # another program may hold it
+        except OSError as error:
+            raise UserError(f"--output: cannot write {path} ({error.strerror})") from error
+
 @torch.inference_mode()
 def predictions(source: Source, recipe: Recipe, paths: list[str],
                 top: int = 5) -> Iterator[tuple[str, list[tuple[str, float]]]]:
     """Yield each path with its most likely classes and their probabilities."""
+    if not paths:
+        return
     names = class_names(source)
     square = evaluation_square(recipe.img_size, recipe.crop_pct)
     images = Images(paths, [0] * len(paths), names, square)
@@ -2250,7 +2257,8 @@ def changed_settings(typed: Mapping[str, Any], saved: Mapping[str, Any]) -> list
     return [name for name in typed if name not in free and saved.get(name) != typed[name]]
 
 def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
-    """Raise UserError for a flag that would do nothing. 0, which turns something off, is fine."""
+    """Raise UserError for a flag that would do nothing. 0, which turns something off (but not as
+    --crop-pct), is fine."""
     design = convnext.DESIGNS.get(r.road)
     has_scale = not design or (design.separate_downsampling and not design.swin_block)
     uses = {  # a flag: whether it does something, and what it needs
@@ -2258,7 +2266,8 @@ def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
         "muon_lr": (r.optimizer == "muon", "--optimizer muon"),
         "beta2": (r.optimizer != "sgd", "--optimizer adamw or muon"),
         "start_share": (r.start_size, "--start-size"),
-        "start_size": (int(r.epochs * r.start_share), "an epoch of --start-share"),
+        "start_size": (r.size_at(0) == r.start_size, "an epoch of --start-share"),
+        "layer_decay": (r.layer_decay == 1 or not r.freeze_backbone, "a backbone that is trained"),
         "crop_padding": (r.img_size <= SMALL, f"images of up to {SMALL} pixels"),
         "crop_scale": (r.img_size > SMALL, f"images above {SMALL} pixels"),
         "crop_pct": (r.img_size > SMALL, f"images above {SMALL} pixels"),
@@ -2267,8 +2276,6 @@ def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
         "layer_scale": (has_scale, "a network without --road, or its last step")}
     if r.init_from:
         uses["layer_scale"] = (False, "new weights, without --init-from")
-    if r.layer_decay < 1:
-        uses["layer_decay"] = (not r.freeze_backbone, "a backbone that is trained")
     for name in ("mixup", "cutmix", "mix_off_epochs"):
         uses[name] = (r.mix_prob, "a --mix-prob above 0")
     if not (r.mixup or r.cutmix):
@@ -2276,7 +2283,8 @@ def refuse_idle(typed: Mapping[str, Any], r: Recipe) -> None:
     for name in ("drop_path", "head_init_scale", "init"):
         uses[name] = (not r.road, "a network without --road")
     for name, (is_used, needs) in uses.items():
-        if typed.get(name) and not is_used:
+        asked = name in typed if name == "crop_pct" else typed.get(name)
+        if asked and not is_used:
             raise UserError(f"{flag(name)} needs {needs}")
 
 def check_values(r: Recipe) -> None:
@@ -2359,19 +2367,20 @@ def explained_errors(recipe: Recipe) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, MemoryError, ConnectionError) as error:
         text = str(error)
+        line = first_line(error)
+        if line.startswith("Caught "):  # DataLoader puts a traceback before a process's error
+            line = text.strip().splitlines()[-1]
         # If a process that reads images is killed, this is raised wherever the main process is.
         is_of_workers = any(part in text for part in (
             "DataLoader worker (pid", "shared memory", "shared file mapping"))
         if is_of_workers or isinstance(error, ConnectionError):
-            text = text.strip().splitlines()[-1]  # DataLoader puts a traceback before it
-            raise UserError(f"{text}; try fewer --workers, or 0, or in Docker a larger --shm-size"
-                            ) from error
-        if "more than 1 value per channel" in text:
+            remedy = "try fewer --workers, or 0, or in Docker a larger --shm-size"
+        elif "more than 1 value per channel" in text:
             remedy = "BatchNorm needs more: give a larger --batch-size, or a smaller --accumulate"
         elif "allocate" in text or "out of memory" in text:
             remedy = "give a smaller --batch-size, or a larger --accumulate"
             if recipe.resume:
-                remedy = "give a larger --accumulate"
+                remedy = "give a larger --accumulate, with BatchNorm in a new run by --init-from"
             elif recipe.eval_only and recipe.part_size > 1:  # see evaluation_batches
                 size = min(8, recipe.part_size)
                 remedy = f"give a --batch-size below {size}: eight times as many are read at once"
@@ -2381,7 +2390,7 @@ def explained_errors(recipe: Recipe) -> Iterator[None]:
             remedy = "leave out --compile, or give --no-compile"
         else:
             raise
-        raise UserError(f"{first_line(error)}; {remedy}") from error
+        raise UserError(f"{line}; {remedy}") from error
 
 def say(text: str, file: Any = None) -> None:
     """Print above the progress bar."""

@@ -295,8 +295,7 @@ def block_boxes(d: convnext.Design) -> list[Box]:
     outer, middle = (d.width, 4 * d.width) if d.inverted else (4 * d.width, d.width)
     act = ("GELU" if d.act is nn.GELU else "ReLU", 0, OTHER)
     norm_name = "BN" if d.norm is nn.BatchNorm2d else "LN"
-    mixes_positions_only = d.depthwise and not d.attention
-    color = POSITIONS if mixes_positions_only else DENSE
+    color = POSITIONS if d.depthwise and not d.attention else DENSE
     label = f"{d.kernel_size}×{d.kernel_size}\n{'depthwise' if d.depthwise else 'dense'}"
 
     def conv(label: str, channels: int, color: str, norm: bool) -> list[Box]:
