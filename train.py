@@ -294,14 +294,16 @@ def main(argv: list[str], splits: tuple[Images, Images] | None = None) -> int:
         train(run)
         # A signal that comes while the finished run is saved has nothing to stop.
         if run.stopped_by and (run.step < run.total_steps or run.to_measure):
-            last = run.folder / "last.pt"
-            command = f"python train.py --resume {quoted([last])}"
-            if recipe.dataset == "python":
-                command = f"train.main(['--resume', {str(last)!r}], splits=...)"
-            say(f"stopped; to go on: {command}", sys.stderr)
+            say(f"stopped; to go on: {command_to_resume(run)}", sys.stderr)
             return 128 + run.stopped_by
         report_run(run)
     return 0
+
+def command_to_resume(run: Run) -> str:
+    last = run.folder / "last.pt"
+    if run.recipe.dataset == "python":  # the command line cannot name its images
+        return f"train.main(['--resume', {str(last)!r}], splits=...)"
+    return f"python train.py --resume {quoted([last])}"
 
 @dataclass
 class Run:
