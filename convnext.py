@@ -140,9 +140,9 @@ class LayerNorm(nn.LayerNorm):
 class LayerNorm2d(LayerNorm):
     """LayerNorm of a feature map. (b, dim, h, w) -> (b, dim, h, w)
 
-    The norm acts on the last axis, so the channels are moved there and back, which copies nothing.
-    But the norm itself first copies a map that does not lie in memory as b h w c, the order that
-    PyTorch calls "channels_last".
+    nn.LayerNorm acts on the last axis, so the channels are moved there and back. That changes only
+    strides and copies nothing. The norm then copies the map, unless the channels of a position lie
+    side by side in memory already, in the order that PyTorch calls "channels_last".
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class GRN(nn.Module):
         n = norm / (norm.mean(-1, keepdim=True) + 1e-6)
         scale = (self.gamma * n).to(x.dtype)
         # (x + β) + x ⊙ scale. In x ⊙ (1 + scale) + β, half precision would round 1 + scale first.
-        return torch.addcmul(x + self.beta.to(x.dtype), x, scale)
+        return torch.addcmul(x + self.beta.to(x.dtype), x, scale)  # addcmul(a, b, c) = a + b ⊙ c
 
 class InvertedBottleneck(nn.Module):
     """Two linear layers around a GELU, the same at every position. (..., dim) -> (..., dim), with
@@ -237,7 +237,7 @@ class DropPath(nn.Module):
         if not self.training or self.p == 0:
             return x
         shape = [x.shape[0]] + [1] * (x.ndim - 1)  # (b, 1, 1, 1) for a feature map
-        keep = x.new_empty(shape).bernoulli_(1 - self.p)
+        keep = x.new_empty(shape).bernoulli_(1 - self.p)  # 1 with probability 1 - p, else 0
         return x * (keep / (1 - self.p))
 
     def extra_repr(self) -> str:
@@ -254,9 +254,8 @@ class Block(nn.Module):
     0.14 (section 2.6); the paper does not explain why. Of the 49·dim + 8·dim² multiplications per
     position, the 7x7 kernel takes 6 % at 96 channels and 0.8 % at 768.
 
-    A convolution takes (b, c, h, w), but the norm and the linear layers act on the last axis, so
-    they need (b, h, w, c). The two rearranges copy nothing. Nor does the norm, as the stem's norm
-    leaves the maps in channels_last order, and in float32 the convolutions keep it.
+    The two rearranges copy nothing (see LayerNorm2d). Nor does the norm, as the stem's norm leaves
+    the maps in channels_last order, and in float32 the convolutions keep it.
 
     drop_path: p of DropPath. layer_scale: initial γ of LayerScale, 0 for none. grn: add V2's GRN.
     To try other layers, change DepthwiseConv, LayerNorm or InvertedBottleneck; pretrained weights
@@ -298,9 +297,8 @@ class Downsample(nn.Sequential):
 class Head(nn.Module):
     """Average over the positions, normalise, classify. (b, dim, h, w) -> (b, num_classes)
 
-    The norm after the average is one of those that keep training stable (section 2.6); Swin
-    normalises before it averages. With `num_classes` 0 the head returns the normalised features,
-    (b, dim).
+    Swin normalises before it averages. With `num_classes` 0 the head returns the normalised
+    features, (b, dim).
     """
 
     def __init__(self, dim: int, num_classes: int) -> None:
@@ -328,16 +326,12 @@ class ConvNeXt(nn.Module):
     1x1 positions with patch_size 4, of 2x2 with patch_size 2, and of 4x4 with patch_size 1. Half
     the patch size means four times as many positions, and so four times the work.
 
-    All layers start from weights of the same standard deviation, 0.02, so a linear layer multiplies
-    the scale of its n inputs by 0.02·√n: 0.55 for n = 768, but 0.13 for n = 40. Small networks
-    learn faster with train.py's fan_in_init and local_init, and without LayerScale.
-
     head_init_scale: a factor on the classifier's initial weights, 0.001 in fine-tuning (table 6).
     Random classifier weights send a meaningless gradient into pretrained layers. Small ones let the
     classifier learn first.
 
-    In training, the authors let weight decay pull only matrices and filters towards 0, not vectors:
-    biases, the weights of norms, LayerScale's γ, GRN's γ and β (train.py: parameter_groups).
+    All weights start with a standard deviation of 0.02, which slows small networks down. They learn
+    faster with train.py's fan_in_init and local_init, and without LayerScale.
     """
 
     def __init__(
@@ -381,7 +375,7 @@ class ConvNeXt(nn.Module):
     def _init_weights(module: nn.Module) -> None:
         # Table 5 prints a standard deviation of 0.2; the authors' code and the libraries have 0.02.
         if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.trunc_normal_(module.weight, std=0.02)  # cut at ±2, so in effect a normal one
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -412,7 +406,7 @@ class ConvNeXt(nn.Module):
         """Raise ValueError for images that the network cannot take."""
         stem = next(self.downsample_layers[0].children(), None)
         if not isinstance(stem, Patchify):
-            return  # only the layer that took its place knows what fits it
+            return  # you replaced the stem: only your layer knows which images fit
         layers = [m for m in self.downsample_layers.modules() if isinstance(m, Patchify)]
         stride = math.prod([layer.stride[0] for layer in layers])
         if x.ndim != 4 or x.shape[1] != stem.in_channels or min(x.shape[2:]) < stride:
@@ -535,29 +529,28 @@ def pointwise(dim_in: int, dim: int, norm: type[nn.Module] | None, stride: int =
               ) -> list[nn.Module]:
     """Return a 1x1 convolution, which mixes channels, and its norm, if it has one.
 
-    A bias before BatchNorm has no effect, so a dense layer before one has none, as in ResNet.
+    BatchNorm subtracts the mean, and a bias with it, so a layer before one has none, as in ResNet.
     """
     layer = nn.Conv2d(dim_in, dim, 1, stride, bias=norm is not nn.BatchNorm2d)
     return [layer, norm(dim)] if norm else [layer]
 
 def spatial(design: Design, dim: int, stride: int, shift: bool) -> list[nn.Module]:
     """Return the layer of a block that mixes positions, and its norm."""
-    layer: nn.Module
     k = design.kernel_size
     if design.attention:
-        layer = WindowAttention(dim, shift)
-    elif design.depthwise:
-        layer = DepthwiseConv(dim, k, stride)  # with a bias, as in ConvNeXt
-    else:
-        layer = nn.Conv2d(dim, dim, k, stride, k // 2, bias=False)
-    return [layer, design.norm(dim)]
+        return [WindowAttention(dim, shift), design.norm(dim)]
+    if design.depthwise:
+        return [DepthwiseConv(dim, k, stride), design.norm(dim)]  # with a bias, as in ConvNeXt
+    return [nn.Conv2d(dim, dim, k, stride, k // 2, bias=False), design.norm(dim)]
 
 class RoadmapBlock(nn.Module):
     """A block between ResNet's and ConvNeXt's. (b, dim_in, h, w) -> (b, dim, ⌈h / s⌉, ⌈w / s⌉)
 
     width: channels of the narrow layers. The block returns dim channels, 4·width or, if it is
-    inverted, width; they can be read as `block.dim`. stride: s, of the k×k convolution and of the
-    shortcut; attention needs 1. shift: see WindowAttention.
+    inverted, width; they can be read as `block.dim`. Its three layers have, for a width of 64,
+    256 - 64 - 64 - 256 channels, inverted 64 - 256 - 256 - 64, and with the k×k layer first
+    64 - 64 - 256 - 64. stride: s, of the k×k convolution and of the shortcut; attention needs 1.
+    shift: see WindowAttention.
     """
 
     def __init__(self, design: Design, dim_in: int, width: int, stride: int, shift: bool,
@@ -565,8 +558,10 @@ class RoadmapBlock(nn.Module):
         super().__init__()
         self.dim = width if design.inverted else 4 * width
         hidden_dim = 4 * width if design.inverted else width
-        extra_norm = None if design.one_norm else design.norm  # the step "one norm" removes these
-        extra_act = nn.Identity if design.one_act else design.act  # "one activation" removes these
+        # The steps "one norm" and "one activation" remove these. What stays is the norm after the
+        # k×k layer and the activation before the last layer.
+        extra_norm = None if design.one_norm else design.norm
+        extra_act = nn.Identity if design.one_act else design.act
         if design.depthwise_first:  # k×k - 1x1 - 1x1
             layers = spatial(design, dim_in, stride, shift)
             layers += [extra_act(), *pointwise(dim_in, hidden_dim, extra_norm)]
@@ -608,7 +603,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.window = window
         self.heads = max(1, dim // 16)
-        # rows of the first window that lie off the map
+        # rows above the map, and columns left of it, that the first window covers
         self.before = window - window // 2 if shift else 0
         if dim % self.heads:
             raise ValueError(f"{dim} channels cannot be divided into {self.heads} heads; give a "
@@ -633,7 +628,7 @@ class WindowAttention(nn.Module):
         columns = math.ceil((left + w) / n)
         padding = (left, columns * n - left - w, top, rows * n - top - h)  # up to whole windows
         qkv = self.qkv(rearrange(x, "b c h w -> b h w c"))
-        qkv = F.pad(qkv, (0, 0, *padding))
+        qkv = F.pad(qkv, (0, 0, *padding))  # from the last axis on: channels, columns, rows
         # i x j windows of p x q positions, m heads of c channels
         qkv = rearrange(qkv, "b (i p) (j q) (three m c) -> three b (i j) m (p q) c",
                         three=3, m=self.heads, p=n, q=n)
@@ -800,14 +795,13 @@ TIMM_1X1_SHAPES = {".pwconv1.weight": "o i -> o i 1 1", ".pwconv2.weight": "o i 
 def name_table() -> dict[str, dict[str, str]]:
     """Map the native name of each module of NAMES to its full names, by layout."""
     names = NAMES.split()
-    rows = {}
+    table = {}
     for start in range(0, len(names), len(LAYOUTS)):
-        row = {}
         of_module = names[start : start + len(LAYOUTS)]
-        for layout, name, block in zip(LAYOUTS, of_module, BLOCK_NAME, strict=True):
-            row[layout] = block + name if name.startswith(".") else name
-        rows[row["native"]] = row
-    return rows
+        full_names = [block + name if name.startswith(".") else name
+                      for block, name in zip(BLOCK_NAME, of_module, strict=True)]
+        table[full_names[0]] = dict(zip(LAYOUTS, full_names, strict=True))
+    return table
 
 NAME_TABLE = name_table()
 
@@ -858,7 +852,7 @@ def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
     state = model.state_dict()
     if layout == "native":
         return state
-    depths = infer_architecture(state)["depths"]
+    depths = tuple(len(stage) for stage in model.stages)
     grn = "stages.0.0.mlp.grn.gamma" in state
     if layout == "torchvision" and grn:
         raise ValueError("torchvision has no ConvNeXt V2")
@@ -1042,14 +1036,14 @@ def read_settings(folder: str) -> dict[str, Any]:
         with torch.device("meta"):
             model = timm.create_model(config["architecture"], **(config.get("model_args") or {}))
         refuse_other_timm_network(path, model)
-        described = config["pretrained_cfg"]
+        described = config["pretrained_cfg"] or {}
         if "label_names" in config:  # newer than those of the network that training began with
             described = described | {"label_names": config["label_names"]}
         return timm_settings(described)
-    # transformers uses layer_norm_eps in the last norm alone; 1e-12, its default, is accepted there
-    # (see load_weights).
+    # transformers uses layer_norm_eps in the last norm alone. Its default, 1e-12, is accepted: it
+    # differs from 1e-6 only where the variance of the features is nearly as small.
     epsilons = {config.get("layer_norm_eps", 1e-12)} - {1e-12}
-    refuse_other_network(path, epsilons, {config.get("hidden_act", "gelu")})
+    refuse_other_network(path, epsilons, {str(config.get("hidden_act", "gelu"))})
     labels = config.get("id2label")
     classes = names_in_order(labels) if isinstance(labels, dict) else []
     if classes == [f"LABEL_{i}" for i in range(len(classes))]:
@@ -1062,16 +1056,18 @@ def read_settings(folder: str) -> dict[str, Any]:
         crop_pct = 0
     elif isinstance(size, dict):
         size = size.get("shortest_edge")
-    size = size if isinstance(size, int) else None
-    if size and images.get("do_center_crop") and isinstance(crop, dict) and "height" in crop:
-        crop_pct = crop["height"] / size
-        size = crop["height"]
-    elif size and size >= 384 and crop_pct:
+    if isinstance(crop, dict):
+        crop = crop.get("height")
+    if not isinstance(size, int) or size == 0:
+        size = crop_pct = None
+    elif images.get("do_center_crop") and isinstance(crop, int):
+        size, crop_pct = crop, min(1, crop / size)
+    elif size >= 384 and crop_pct:
         crop_pct = 0  # ConvNeXt's processor does not crop to 384 pixels or more
     settings = {"mean": images.get("image_mean"), "std": images.get("image_std"), "img_size": size,
                 "classes": classes}
     settings = {name: value for name, value in settings.items() if value}
-    if crop_pct is not None and size:
+    if crop_pct is not None:
         settings["crop_pct"] = crop_pct
     return settings
 
@@ -1143,7 +1139,8 @@ def find_network(names: list[str]) -> tuple[str, str]:
             if match:
                 networks[match[1]] = layout
     if not networks:
-        raise ValueError(f"these are no weights of a ConvNeXt ({', '.join(names[:3])}, ...)")
+        found = ", ".join(names[:3]) + ", ..." if names else "nothing"
+        raise ValueError(f"these are no weights of a ConvNeXt ({found})")
     averaged = [prefix for prefix in networks if re.search(r"(?<![a-z])ema(?![a-z])", prefix)]
     prefixes = averaged or list(networks)
     if len(prefixes) > 1:
@@ -1160,14 +1157,11 @@ def read_weights(source: Mapping | str | PathLike) -> dict[str, Tensor]:
     block's pwconv1. Only tensors with this prefix are read; if it is empty, all must fit. Of
     several networks, the averaged one is chosen, whose prefix has the word "ema", as in timm.
 
-    Raises ValueError for anything but a ConvNeXt with finite weights, for several networks if not
-    just one of them is averaged, and for `state_dict` beside `ema_state_dict` in a file without
-    MMEngine's mark: MMEngine keeps the average in the first of them, others in the second. Raises
-    TypeError for what is neither a state dict nor a file's name, and what read_source raises.
+    Raises ValueError unless there is just one ConvNeXt, or just one averaged one, with finite
+    weights; TypeError for what is neither a state dict nor a file's name; and what read_source
+    raises.
     """
-    content = source
-    if isinstance(source, str | PathLike):
-        content, _, _ = read_source(source)
+    content = read_source(source)[0] if isinstance(source, str | PathLike) else source
     if not isinstance(content, Mapping):
         raise TypeError(f"weights are a state dict or a file, not a {type(content).__name__}")
     if "state_dict" in content and "ema_state_dict" in content:
@@ -1186,7 +1180,7 @@ def read_weights(source: Mapping | str | PathLike) -> dict[str, Tensor]:
             continue
         name = re.sub(r"^convnext(v2)?\.", "", name.removeprefix(prefix))
         native = rename(name, layout, "native")
-        if native is None and not tensor.is_floating_point():  # a counter
+        if native is None and not tensor.is_floating_point():  # such as a count of steps
             continue
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"{name} has the type {tensor.dtype}, not float16, bfloat16, float32 "
@@ -1221,9 +1215,6 @@ def load_weights(model: nn.Module, source: Mapping | str | PathLike, strict: boo
     model keeps its last norm if the source has no head at all. The norms of a backbone's maps are
     left out. A warning names what was kept or left out. If anything else does not fit, ValueError
     names it. After an error the model is unchanged. For further errors see read_weights.
-
-    The last norm of Hugging Face's networks has ε = 1e-12, this model's has 1e-6, which differs
-    only where the variance of the features is nearly as small.
     """
     model = unwrap(model)
     tensors = read_weights(source)
@@ -1327,47 +1318,42 @@ def speed_up(model: nn.Module) -> nn.Module:
     13 % and 4 % (maps of 56x56 and 7x7 positions, batch 8, float32, one Zen 3 core with AVX2).
     CPUs without AVX2 or AVX512, such as Apple's, stay as fast as they were.
 
-    Each DepthwiseConv of stride 1 becomes a FastDepthwiseConv. Only its class is exchanged, so
-    parameters, names and hooks stay, and it computes the same up to rounding. PyTorch's own
-    convolution still runs on a GPU, without gradients and in an export. A layer whose settings or
-    methods you changed stays as it is, but what you change afterwards is not noticed. Forward-mode
-    derivatives (torch.func.jvp) need the model as it was before.
+    Each DepthwiseConv becomes a FastDepthwiseConv. Only its class is exchanged, so parameters,
+    names and hooks stay, and it computes the same up to rounding. PyTorch's own convolution still
+    runs on a GPU, without gradients, in an export, and in a layer that has a stride or whose
+    settings you changed. Forward-mode derivatives (torch.func.jvp) need the model as it was before.
     """
-    # You are invited to edit DepthwiseConv. FastDepthwiseConv knows neither another forward nor a
-    # stride or dilation, and would compute the plain convolution instead.
-    methods = DepthwiseConv.forward, getattr(DepthwiseConv, "_conv_forward", None)
-    if methods != (nn.Conv2d.forward, nn.Conv2d._conv_forward):
-        return model
-    for module in model.modules():
-        if type(module) is DepthwiseConv:
-            dim, k = module.in_channels, module.kernel_size[0]
-            with torch.device("meta"):  # draws no random numbers
-                known = nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim)
-            # extra_repr lists all settings of the layer
-            unchanged = module.extra_repr() == known.extra_repr()
-            if unchanged and "_conv_forward" not in vars(module):
+    known = FastDepthwiseConv.__base__  # DepthwiseConv, unless you put another class in its place
+    if getattr(known, "_conv_forward", None) is nn.Conv2d._conv_forward:
+        for module in model.modules():
+            if type(module) is known:
                 module.__class__ = FastDepthwiseConv
     return model
 
 # The number types for which FastDepthwiseConv was measured to be faster than PyTorch's convolution,
 # by the vector instructions of the CPU.
-FAST_DTYPES: tuple[torch.dtype, ...] = ()
-if torch.backends.mkldnn.is_available():
-    measured = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}
-    FAST_DTYPES = measured.get(torch.backends.cpu.get_cpu_capability(), ())
+MEASURED = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}
+has_onednn = torch.backends.mkldnn.is_available()
+FAST_DTYPES = MEASURED.get(torch.backends.cpu.get_cpu_capability(), ()) if has_onednn else ()
 
 class FastDepthwiseConv(DepthwiseConv):
     """DepthwiseConv with the backward pass of DepthwiseGradient."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # nn.Conv2d.forward calls this.
+        c, k = self.groups, self.kernel_size[0]
+        settings = (self.in_channels, self.out_channels, self.kernel_size, self.stride,
+                    self.padding, self.dilation, self.padding_mode)
+        unchanged = settings == (c, c, (k, k), (1, 1), (k // 2, k // 2), (1, 1), "zeros")
         autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
         is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
-        fits = x.device.type == "cpu" and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0
-        if is_exported or not fits or not torch.is_grad_enabled():
-            return super().forward(x)
+        fits = (not is_exported and unchanged and bias is not None and x.device.type == "cpu"
+                and dtype in FAST_DTYPES and x.ndim == 4 and x.numel() > 0)
+        if not fits or not torch.is_grad_enabled():
+            return super()._conv_forward(x, weight, bias)
         x = x.to(dtype)  # autocast does not convert the inputs of our own functions
-        return DepthwiseGradient.apply(x, self.weight, self.bias)
+        return DepthwiseGradient.apply(x, weight, bias)
 
 class DepthwiseGradient(torch.autograd.Function):
     """The depthwise convolution; its derivatives are depthwise convolutions again.
@@ -1378,10 +1364,9 @@ class DepthwiseGradient(torch.autograd.Function):
     where L is the loss, g = ∂L/∂y and r = k // 2. The first convolves g with W turned by 180
     degrees. In the second, g is the filter: as large as the map, it moves over x to only k×k
     places. Each channel of each sample has a filter of its own, so all of them lie side by side as
-    b·c channels of one image; the sum over b comes last.
-    PyTorch's kernel for such a convolution is so much faster than its kernel for this gradient that
-    the layer's backward pass takes 0.4 to 0.6 of the time (the networks' maps, float32, one Zen 3
-    core with AVX2).
+    b·c channels of one image; the sum over b comes last. PyTorch's kernel for such a convolution is
+    so much faster than its kernel for this gradient that the layer's backward pass takes 0.4 to 0.6
+    of the time (the networks' maps, float32, one Zen 3 core with AVX2).
     x: (b, c, h, w), W: (c, 1, k, k), bias: (c,).
     """
 

@@ -760,13 +760,14 @@ def test_random_numbers_follow_from_seed_and_step_alone(small, monkeypatch):
     contents, seeds = zip(*steps + others)
     assert len(set(contents)) == len(set(seeds)) == 2 * 9  # three epochs of three steps
 
-def test_the_same_images_are_augmented_by_seed_and_step(small):
-    recipe = recipe_of(f"{QUICK} --mix-prob 0")
+def test_the_same_images_are_augmented_by_seed_and_step(small, monkeypatch):
+    monkeypatch.setattr(train, "epoch_order", lambda *_: torch.arange(8).repeat(3))
+    recipe = recipe_of(f"{QUICK} --mix-prob 0 -b 8")
     data, batches = train.prepare_data(recipe), []
     for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
         seeded = dataclasses.replace(recipe, seed=seed)
         source = train.BatchReader(data, seeded, steps_per_epoch=3)
-        batches.append(source[step, [*range(8)]][0])
+        batches.append(source[step][0])
     assert torch.equal(batches[0], batches[1])
     for one, other in itertools.combinations(batches[1:], 2):
         assert not any(map(torch.equal, one, other))
@@ -1470,19 +1471,36 @@ def test_statistics_of_large_images_are_numpys(small):
     np.testing.assert_allclose(data.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(data.std, pixels.std((0, 1, 2)), rtol=1e-5)
 
+def test_an_epoch_is_a_new_permutation():
+    orders = [train.epoch_order(50, seed, epoch).tolist()
+              for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    for one, other in itertools.combinations(orders[:3], 2):
+        assert sorted(one) == [*range(50)] != one != other
+    assert orders[3] == orders[0]
+
 @pytest.mark.parametrize(("count", "batch_size"), [(50, 10), (53, 10), (7, 10)])
-def test_an_epoch_is_a_new_permutation(count, batch_size):
+def test_the_batches_of_an_epoch_share_no_image(count, batch_size, monkeypatch):
+    """The last images, if they do not fill a batch, are left out, unless there is no other."""
+    taken = []
+
+    class Recorder:
+        def __len__(self):
+            return count
+
+        def __getitem__(self, indices):
+            taken.append(indices)
+            return None, None
+
+    monkeypatch.setattr(train, "augment", Mock())
+    data = train.Data(Recorder(), None, None, [], None, None, "", "")
     steps = max(1, count // batch_size)
-    batches = list(train.training_order(count, batch_size, 0, 0, 2 * steps))
-    assert [step for step, _ in batches] == [*range(2 * steps)]
-    epochs = [list(itertools.chain(*(numbers for _, numbers in part)))
-              for part in (batches[:steps], batches[steps:])]
-    for epoch in epochs:
-        assert len({*epoch}) == len(epoch) == min(count, steps * batch_size)
-        assert epoch != sorted(epoch) and {*epoch} <= {*range(count)}
-    assert epochs[0] != epochs[1]
-    assert batches[3:] == list(train.training_order(count, batch_size, 0, 3, 2 * steps))
-    assert batches != list(train.training_order(count, batch_size, 1, 0, 2 * steps))
+    reader = train.BatchReader(data, recipe_of(f"-b {batch_size}"), steps)
+    for step in range(2 * steps):
+        reader[step]
+    for epoch in (0, 1):
+        seen = list(itertools.chain(*taken[epoch * steps : (epoch + 1) * steps]))
+        order = train.epoch_order(count, 0, epoch).tolist()
+        assert seen == order[: min(count, steps * batch_size)]
 
 def test_seeds_never_meet():
     """Those of runs, purposes, and steps or epochs."""
@@ -1725,9 +1743,11 @@ def test_every_other_attention_is_shifted(name):
     {}, {"dilation": (2, 2), "padding": (6, 6)}, {"dilation": (1, 2)}, {"stride": (2, 1)},
     {"padding": (1, 2)}, {"padding_mode": "circular"}], ids=str)
 def test_layers_do_what_they_are_told(speed_up, told):
-    """Settings changed by hand before speed_up, against nn.Conv2d."""
-    for kernel_size in (7, 5):
+    """Settings changed by hand before or after speed_up, against nn.Conv2d."""
+    for kernel_size, is_fast in itertools.product((7, 5), (False, True)):
         layer = convnext.DepthwiseConv(6, kernel_size).double()
+        if is_fast:
+            speed_up(layer)
         settings = {"groups": 6, "padding": kernel_size // 2} | told
         plain = nn.Conv2d(6, 6, kernel_size, **settings).double()
         plain.load_state_dict(layer.state_dict())
@@ -1746,9 +1766,10 @@ def test_layers_do_what_they_are_told(speed_up, told):
             assert_close(changed(x), y)
 
 def test_one_layer_with_another_function_keeps_it(speed_up):
-    layer = convnext.DepthwiseConv(6)
-    layer._conv_forward = Mock(return_value=torch.ones(1))
-    assert speed_up(layer)(torch.zeros(1, 6, 7, 7)) == 1
+    for change in (speed_up, nn.Identity()):
+        layer = change(convnext.DepthwiseConv(6))
+        layer._conv_forward = Mock(return_value=torch.ones(1))
+        assert speed_up(layer)(torch.zeros(1, 6, 7, 7)) == 1
 
 @pytest.mark.parametrize("stem", [
     nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 40, 1)),
@@ -1787,6 +1808,20 @@ def test_training_is_evaluation_of_an_edited_layer(speed_up, monkeypatch):
     logits = speed_up(model).train()(x)
     assert logits.requires_grad and (logits - usual).abs().max() > 0.1 * usual.std()
     assert_close(logits_of(model, x), logits.detach())
+
+def test_speed_up_keeps_another_class(speed_up, monkeypatch):
+    class Doubled(nn.Conv2d):
+        def __init__(self, dim):
+            super().__init__(dim, dim, 7, padding=3, groups=dim)
+
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    monkeypatch.setattr(convnext, "DepthwiseConv", Doubled)
+    model, x = convnext.ConvNeXt((1, 1), (8, 16), num_classes=2), torch.randn(2, 3, 32, 32)
+    before = logits_of(model, x)
+    assert_close(logits_of(speed_up(model), x), before)
+    assert type(model.stages[0][0].dwconv) is Doubled
 
 def gradients(network, x):
     """The gradient of each parameter, by the name it has in the plain network."""
@@ -2223,6 +2258,10 @@ TIMMS = {"mean": [0.5], "std": [0.25], "input_size": [3, 288, 288], "crop_pct": 
     pytest.param({}, {"size": {"shortest_edge": 256}, "do_center_crop": True,
                       "crop_size": {"height": 224, "width": 224}},
                  {"img_size": 224, "crop_pct": 0.875}, id="as for ResNet"),
+    pytest.param({}, {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": 192},
+                 {"img_size": 192, "crop_pct": 0.75}, id="one number for both sides"),
+    pytest.param({"architecture": "convnext_atto", "pretrained_cfg": None}, {}, {},
+                 id="timm's, without a description"),
     pytest.param({}, {
         "size": {"shortest_edge": 96}, "crop_pct": 0.9, "image_mean": [0.1, 0.2, 0.3],
         "image_std": [0.4, 0.5, 0.6]}, {
@@ -2247,7 +2286,10 @@ def test_settings_beside_the_weights(config, images, settings, tmp_path):
      "config.json is another network: its norms have ε = 1e-05"),
     ('{"architecture": "convnext_atto", "model_args": {"act_layer": "silu"}, "pretrained_cfg": {}}',
      "config.json is another network: its activation is silu"),
+    ('{"architecture": "convnext_atto", "model_args": {"act_layer": "relu"}, "pretrained_cfg": 0}',
+     "config.json is another network: its activation is relu"),
     ('{"hidden_act": "gelu_new"}', "config.json is another network: its activation is gelu_new"),
+    ('{"hidden_act": ["gelu"]}', "its activation is ..gelu"),
     ('{"layer_norm_eps": 1e-3}', "another network: its norms have ε = 0.001"),
     ("{", "config.json: Expecting"), ("[1, 2]", "cannot read .*config.json")])
 def test_another_network_in_the_config_is_refused(config, message, tmp_path):

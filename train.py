@@ -45,9 +45,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -76,13 +76,9 @@ def setting(default: Any, help_: str, allowed: str | tuple = "", *, group: str =
     about = {"help": help_, "allowed": allowed, "group": group, "short": short}
     return field(default=default, metadata=about)
 
-def usable_cpus() -> int:
-    """The CPUs that this process may use, which can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-WORKERS = min(8, usable_cpus())
+WORKERS = min(8, os.cpu_count() or 1)
+if hasattr(os, "sched_getaffinity"):  # this process may have fewer CPUs than the machine
+    WORKERS = min(8, len(os.sched_getaffinity(0)))
 SMALL = 64  # pixels: images up to this side are read once and kept in memory
 
 @dataclass(frozen=True)
@@ -185,10 +181,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_values(self)
-        for name, kind in TYPES.items():
-            # torchvision's CutMix fails for an alpha that is the whole number 1
-            if kind is float and getattr(self, name) is not None:
-                object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
     def warmup(self) -> float:  # in epochs
@@ -423,11 +415,12 @@ def train(run: Run) -> None:
         if run.step == run.total_steps or run.stopped_by:
             save(run)  # writes weights.safetensors if the finished run lacks it
             return
-        # An asynchronous copy needs pinned memory, which training_batches has for CUDA.
-        pinned = run.device.type == "cuda"
+        reader = BatchReader(run.data, r, run.steps_per_epoch)
+        steps = range(run.step, run.total_steps)
+        pinned = run.device.type == "cuda"  # an asynchronous copy needs pinned memory
         interval = 60 if progress.disable else 5  # seconds; looking at the loss makes a GPU wait
         step_ended = loss_checked = time.perf_counter()
-        for x, targets in training_batches(run):
+        for x, targets in read_in_processes(reader, steps, r.workers, pinned):
             if run.step % run.steps_per_epoch == 0:
                 zero = torch.zeros((), device=run.device)
                 run.sums = {"loss": zero, "seconds": 0.0, "waiting": 0.0}
@@ -685,7 +678,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe,
     others = [group for group in groups if not group["muon"]]
     if r.optimizer == "sgd":
         return [torch.optim.SGD(others, lr=r.lr, momentum=0.9, fused=True)]
-    optimizers = [torch.optim.AdamW(others, lr=r.lr, betas=(0.9, r.beta2), fused=True)]
+    optimizers = [torch.optim.AdamW(others, lr=r.lr, betas=(0.9, float(r.beta2)), fused=True)]
     if for_muon:
         for group in for_muon:
             # Both optimizers follow lr_at's schedule, Muon with this factor.
@@ -1090,11 +1083,11 @@ def mix(x: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float,
         ) -> tuple[Tensor, Tensor]:
     """MixUp or CutMix, with equal chances if both have an alpha above 0. One must have. Images
     (b, c, h, w) and labels (b,) -> mixed images, and targets (b, classes) with the shares."""
-    kinds = []
+    kinds = []  # torchvision refuses an alpha that is the whole number 1
     if mixup:
-        kinds.append(T.MixUp(alpha=mixup, num_classes=classes))
+        kinds.append(T.MixUp(alpha=float(mixup), num_classes=classes))
     if cutmix:
-        kinds.append(T.CutMix(alpha=cutmix, num_classes=classes))
+        kinds.append(T.CutMix(alpha=float(cutmix), num_classes=classes))
     return T.RandomChoice(kinds)(x, labels)
 
 
@@ -1465,11 +1458,7 @@ def as_shown(item: str | np.ndarray) -> Image.Image:
 def to_8_bits(values: np.ndarray) -> Image.Image:
     """A grey picture of 16 bits. Cameras and scanners store 12 or 8 bits in such files, too."""
     largest = int(values.max(initial=0))
-    bits = 16
-    if largest < 2**12:
-        bits = 12
-    if largest < 2**8:
-        bits = 8
+    bits = next(bits for bits in (8, 12, 16) if largest < 2**bits)
     if bits < 16:
         note(f"16-bit pictures without a value above {2**bits - 1} are read as {bits}-bit pictures")
     return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
@@ -1529,13 +1518,6 @@ def fingerprint(images: Images, recipe: Recipe) -> str:
             digest.update(np.ascontiguousarray(image))
     return digest.hexdigest()
 
-def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the augmented batches of all steps that the run has still to take."""
-    r = run.recipe
-    reader = BatchReader(run.data, r, run.steps_per_epoch)
-    order = training_order(len(run.data.train), r.batch_size, r.seed, run.step, run.total_steps)
-    return read_in_processes(reader, order, r.workers, pin_memory=run.device.type == "cuda")
-
 def evaluation_batches(images: Images, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all images in order: bytes (b, 3, h, w) and labels (b,)."""
     # Without gradients an image takes less than an eighth of the memory.
@@ -1574,31 +1556,28 @@ class Reporter(Dataset):
         NOTES.clear()
         return batch, notes
 
-def training_order(count: int, batch_size: int, seed: int, first: int,
-                   total_steps: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield, for the steps from `first` on, the step and the indices of its images. Each epoch is a
-    new permutation of all images, without an incomplete batch unless that is the only one."""
-    steps_per_epoch = max(1, count // batch_size)
-    for step in range(first, total_steps):
-        epoch, position = divmod(step, steps_per_epoch)
-        if step == first or position == 0:
-            generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
-            order = torch.randperm(count, generator=generator).tolist()
-        yield step, order[position * batch_size : (position + 1) * batch_size]
-
 class BatchReader(Dataset):
-    """What the reading processes do: (step, indices of images) -> augmented images and targets. The
-    random numbers follow from the seed and the step, whichever process draws them."""
+    """Step -> augmented images and targets, which the reading processes compute ahead of time. The
+    random numbers follow from the seed and the step, whichever process draws them. The last images
+    of an epoch, if they do not fill a batch, are left out, unless there is no other batch."""
     def __init__(self, data: Data, recipe: Recipe, steps_per_epoch: int) -> None:
         self.data, self.recipe, self.steps_per_epoch = data, recipe, steps_per_epoch
 
-    def __getitem__(self, item: tuple[int, list[int]]) -> tuple[Tensor, Tensor]:
-        step, indices = item
-        data = self.data
-        torch.manual_seed(seed_for(self.recipe.seed, "augmentation", step))
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        data, r = self.data, self.recipe
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = epoch_order(len(data.train), r.seed, epoch)
+        first = position * r.batch_size
+        indices = order[first : first + r.batch_size].tolist()
+        torch.manual_seed(seed_for(r.seed, "augmentation", step))  # before the images are cropped
         images, labels = data.train[indices]
-        return augment(self.recipe, images, labels, len(data.classes), data.mean, data.std,
-                       step // self.steps_per_epoch)
+        return augment(r, images, labels, len(data.classes), data.mean, data.std, epoch)
+
+@lru_cache(maxsize=1)
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The indices of all images, in a new order for each epoch."""
+    generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
+    return torch.randperm(count, generator=generator)
 
 def prepare_process(_worker: int) -> None:
     """Leave signals, which may reach all processes, to the main one."""
@@ -2057,12 +2036,10 @@ def class_names(source: Source) -> list[str]:
 
 # --- 11. Command line ---------------------------------------------------------------------------
 FIELDS = {field.name: field for field in fields(Recipe)}
-def without_none(hint: Any) -> Any:
-    """str | None -> str"""
-    return get_args(hint)[0] if type(None) in get_args(hint) else hint
-
-TYPES = {name: without_none(hint) for name, hint in get_type_hints(Recipe).items()}
 NUMBERS = tuple[int, ...]
+# The types that a setting can have, with or without " | None".
+KINDS = {"str": str, "int": int, "float": float, "bool": bool, "tuple[int, ...]": NUMBERS}
+TYPES = {name: KINDS[about.type.removesuffix(" | None")] for name, about in FIELDS.items()}
 PATHS = {"resume", "eval_only", "init_from", "teacher", "predict", "output", "data_dir"}
 # The settings that may change when a run is resumed, and those that --eval-only takes.
 ANY_TIME = {"resume", "data_dir", "workers", "device", "accumulate", "eval_every", "tta", "teacher",
@@ -2092,7 +2069,8 @@ def parse(argv: list[str]) -> dict[str, Any]:
             text += f"; default {about.default}"
         text = text.replace("%", "%%")
         group.add_argument(flag(name), *([short] if short else []), help=text, **how)
-    argv = [with_hyphens(word) for word in argv]
+    # --drop_path=0.1 -> --drop-path=0.1, since the authors' program has underscores
+    argv = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
     typed = vars(parser.parse_args(argv))
     if "" in typed.values():  # from a shell variable that is not set
         parser.error("no value may be empty")
@@ -2116,13 +2094,6 @@ def quoted(values: Iterable) -> str:
     """Words as a shell reads them. Windows' knows double quotes alone."""
     words = [str(value) for value in values]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
-
-def with_hyphens(word: str) -> str:
-    """--drop_path=0.1 -> --drop-path=0.1, since the authors' program has underscores."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
 
 def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
     """Merge the settings. Each of these wins over those before it:
@@ -2161,21 +2132,16 @@ def combine(typed: Mapping[str, Any], source: Source | None = None) -> Recipe:
             kept.remove("accumulate")  # it belongs to the batch size of the run
         named = {key: value for key, value in source.settings.items() if key in kept}
     elif typed.get("recipe") == "fast":
-        named = dict(fast(what_recipes_need(merge(FAST, typed))))
+        named = fast(Recipe(**merge(FAST | {"start_size": 0}, typed)))
     elif typed.get("recipe") == "finetune":
-        named = finetune(what_recipes_need(merge(weights, typed)))
+        # No --lr that was typed is below this min_lr.
+        named = finetune(Recipe(**merge({"min_lr": 0.0}, weights, typed)))
         named["min_lr"] = typed.get("lr", named["lr"]) / 50  # as in the paper's fine-tuning
     if typed.get("freeze_backbone"):
         named["drop_path"] = 0.0  # there is nothing to regularize
     recipe = Recipe(**merge(weights, named, typed))
     refuse_idle(typed, recipe)
     return recipe
-
-def what_recipes_need(settings: Mapping[str, Any]) -> Recipe:
-    """What `fast` and `finetune` look at: the network, the sizes of patches and images, and the
-    batch size. (crop_padding is here because check_values compares it with the image size.)"""
-    names = (*NETWORK, "patch_size", "img_size", "crop_padding", "batch_size")
-    return Recipe(**{name: value for name, value in settings.items() if name in names})
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Later settings win. One that names a network replaces all of the former description."""
@@ -2370,8 +2336,6 @@ def explained_errors(recipe: Recipe) -> Iterator[None]:
     except (RuntimeError, ValueError, MemoryError, ConnectionError) as error:
         text = str(error)
         line = first_line(error)
-        if line.startswith("Caught "):  # DataLoader puts a traceback before a process's error
-            line = text.strip().splitlines()[-1]
         # If a process that reads images is killed, this is raised wherever the main process is.
         is_of_workers = any(part in text for part in (
             "DataLoader worker (pid", "shared memory", "shared file mapping"))
@@ -2410,6 +2374,8 @@ def note(text: str) -> None:
 
 def first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
+    if text.startswith("Caught "):  # DataLoader puts a traceback before a process's error
+        return text.splitlines()[-1]
     text = text.replace(":\n\t", ": ")  # load_state_dict gives its reason in the second line
     return text.splitlines()[0]
 
