@@ -422,8 +422,7 @@ def train(run: Run) -> None:
         step_ended = loss_checked = time.perf_counter()
         for x, targets in read_in_processes(reader, steps, r.workers, pinned):
             if run.step % run.steps_per_epoch == 0:
-                zero = torch.zeros((), device=run.device)
-                run.sums = {"loss": zero, "seconds": 0.0, "waiting": 0.0}
+                run.sums = {"loss": 0.0, "seconds": 0.0, "waiting": 0.0}
             x = x.to(run.device, memory_format=torch.channels_last, non_blocking=pinned)
             targets = targets.to(run.device, non_blocking=pinned)
             run.sums["waiting"] += time.perf_counter() - step_ended
