@@ -529,7 +529,8 @@ def pointwise(dim_in: int, dim: int, norm: type[nn.Module] | None, stride: int =
               ) -> list[nn.Module]:
     """Return a 1x1 convolution, which mixes channels, and its norm, if it has one.
 
-    BatchNorm subtracts the mean, and a bias with it, so a layer before one has none, as in ResNet.
+    BatchNorm subtracts the mean, and a bias with it. So a dense layer before one has none, as in
+    ResNet.
     """
     layer = nn.Conv2d(dim_in, dim, 1, stride, bias=norm is not nn.BatchNorm2d)
     return [layer, norm(dim)] if norm else [layer]
